@@ -1,0 +1,1 @@
+"""Adapters, one folder per framework, each importing that framework alone. Found through polyckpt.registry."""

@@ -1,0 +1,217 @@
+"""The adapter of host values: dicts and lists of NumPy arrays as models, and the random states of Python and NumPy."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import numpy as np
+
+from polyckpt import names, residue
+from polyckpt.adapter import (
+    NO_OPTIMIZER,
+    ModelCapture,
+    OptimizerCapture,
+    Parts,
+    Restore,
+    StoredModel,
+    StoredOptimizer,
+)
+from polyckpt.checkpoint import StoredTensor
+from polyckpt.errors import Problem, UnsupportedError
+from polyckpt.leaves import Leaf, array_leaf
+from polyckpt.residue import Constant
+
+_SLOTS = "tree"
+
+
+class NumpyAdapter:
+    """NumPy arrays in nested dicts, lists and tuples. They are restored as new values of the template's structure."""
+
+    name: ClassVar[str] = "numpy"
+
+    def versions(self) -> dict[str, str]:
+        return {"numpy": np.__version__}
+
+    def recognises(self, value: Any) -> bool:
+        return False
+
+    def parts(self, model: Any, optimizer: Any | None) -> Parts:
+        return Parts(model=model, optimizer=None if optimizer is NO_OPTIMIZER else optimizer)
+
+    def capture_model(self, model: Any) -> ModelCapture:
+        weights, native = _flatten(model, "model")
+        return ModelCapture(type=_type_name(model), weights=weights, order="definition", native=native)
+
+    def capture_optimizer(self, optimizer: Any, model: ModelCapture) -> OptimizerCapture:
+        slots, native = _flatten(optimizer, "optimizer")
+        return OptimizerCapture(type=_type_name(optimizer), family="custom", slots={_SLOTS: slots}, native=native)
+
+    def prepare_model(self, model: Any, stored: StoredModel, *, rng: bool) -> Restore:
+        return _prepare_tree(model, stored.weights, stored.native or {}, "weights")
+
+    def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, model: Any) -> Restore:
+        return _prepare_tree(optimizer, stored.slots.get(_SLOTS, {}), stored.native or {}, "optimizer")
+
+    def capture_object(self, value: Any) -> tuple[str, Any] | None:
+        for kind, (cls, get, _) in _GENERATORS.items():
+            if isinstance(value, cls):
+                return kind, get(value)
+        return None
+
+    def prepare_object(self, value: Any, kind: str, tree: Any, *, path: str) -> Restore:
+        cls, get, put = _GENERATORS.get(kind, (None, None, None))
+        if cls is None or not isinstance(value, cls):
+            problem = Problem("value", "extra", path, stored=f"a {kind}", live=f"a {type(value).__name__}")
+            return Restore(apply=lambda: value, problems=[problem])
+        if kind == "numpy.Generator" and (live := value.bit_generator.state["bit_generator"]) != tree["bit_generator"]:
+            problem = Problem("value", "extra", path, stored=tree["bit_generator"], live=live)
+            return Restore(apply=lambda: value, problems=[problem])
+        before: list[Any] = []
+
+        def apply() -> Any:
+            before.append(get(value))
+            put(value, residue.live(tree))
+            return value
+
+        return Restore(
+            apply=apply, tensors=residue.tensors(tree), undo=lambda: before and put(value, before[0])
+        )
+
+    def capture_rng(self) -> Any:
+        # The bit generator behind np.random.* is MT19937 unless a program replaced it.
+        return {"python": _python_state(random), "numpy": np.random.get_state(legacy=False)}
+
+    def prepare_rng(self, tree: Any) -> Restore:
+        def apply() -> None:
+            state = residue.live(tree)
+            _set_python_state(random, state["python"])
+            np.random.set_state(state["numpy"])
+
+        return Restore(apply=apply, tensors=residue.tensors(tree))
+
+    def leaf(self, value: Any) -> Leaf | Constant | None:
+        if isinstance(value, np.ndarray):
+            return array_leaf(value)
+        if isinstance(value, np.generic):
+            return array_leaf(np.asarray(value), "numpy.scalar")
+        if isinstance(value, np.dtype):
+            return Constant("numpy.dtype", value.name)
+        return None
+
+    def tensor(self, stored: StoredTensor, kind: str) -> Any:
+        array = stored.numpy().copy()
+        return array[()] if kind == "numpy.scalar" else array
+
+    def constant(self, value: Any, kind: str) -> Any:
+        if kind != "numpy.dtype":
+            raise ValueError(f"{kind!r} is no constant of NumPy")
+        return np.dtype(value)
+
+
+def _python_state(generator: Any) -> dict[str, Any]:
+    version, words, gauss = generator.getstate()
+    return {"version": version, "words": np.array(words, np.uint32), "gauss": gauss}
+
+
+def _set_python_state(generator: Any, state: Mapping[str, Any]) -> None:
+    generator.setstate((state["version"], tuple(int(word) for word in state["words"]), state["gauss"]))
+
+
+def _set_bit_generator(generator: Any, state: Any) -> None:
+    generator.bit_generator.state = state
+
+
+_GENERATORS: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any, Any], None]]] = {
+    "python.Random": (random.Random, _python_state, _set_python_state),
+    "numpy.RandomState": (
+        np.random.RandomState,
+        lambda generator: generator.get_state(legacy=False),
+        lambda generator, state: generator.set_state(state),
+    ),
+    "numpy.Generator": (np.random.Generator, lambda generator: generator.bit_generator.state, _set_bit_generator),
+}
+"""Kind -> class, reading its state, writing it."""
+
+
+def _walk(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Every leaf of nested dicts, lists and tuples with its path."""
+    if isinstance(tree, Mapping):
+        for key, child in tree.items():
+            yield from _walk(child, (*path, key))
+    elif isinstance(tree, list | tuple):
+        for index, child in enumerate(tree):
+            yield from _walk(child, (*path, index))
+    else:
+        yield path, tree
+
+
+def _flatten(tree: Any, what: str) -> tuple[dict[str, Leaf], dict[str, Any]]:
+    """The arrays of a tree by name, and its other leaves by name."""
+    arrays: dict[str, Leaf] = {}
+    others: dict[str, Any] = {}
+    for path, leaf in _walk(tree):
+        name = names.join(path)
+        if name in arrays or name in others:
+            raise UnsupportedError(f"{what}: two entries are named {name!r}: keys that differ only in type")
+        if isinstance(leaf, np.ndarray):
+            arrays[name] = array_leaf(leaf)
+        else:
+            others[name] = leaf
+    return arrays, others
+
+
+def _prepare_tree(
+    template: Any, tensors: Mapping[str, StoredTensor], others: Mapping[str, Any], section: str
+) -> Restore:
+    live = {names.join(path): leaf for path, leaf in _walk(template)}
+    problems = []
+    for name, leaf in live.items():
+        shown = f"{leaf.dtype.name}{list(leaf.shape)}" if isinstance(leaf, np.ndarray) else repr(leaf)
+        if isinstance(leaf, np.ndarray) != (name in tensors) and (name in tensors or name in others):
+            stored = str(tensors[name]) if name in tensors else repr(others[name])
+            problems.append(Problem("dtype", section, name, stored=stored, live=shown))
+        elif name not in tensors and name not in others:
+            problems.append(Problem("missing", section, name, live=shown))
+        elif name in tensors and tensors[name].shape != leaf.shape:
+            problems.append(Problem("shape", section, name, stored=str(tensors[name]), live=shown))
+        elif name in tensors and tensors[name].dtype != leaf.dtype.name:
+            problems.append(Problem("dtype", section, name, stored=str(tensors[name]), live=shown))
+    for name in {**tensors, **others}:
+        if name not in live:
+            stored = str(tensors[name]) if name in tensors else repr(others[name])
+            problems.append(Problem("unexpected", section, name, stored=stored))
+    unfit = {problem.name for problem in problems}
+    # Equal names of one stored tensor come back as one array: tied as they were.
+    made: dict[int, np.ndarray] = {}
+
+    def value(path: tuple[Any, ...], leaf: Any) -> Any:
+        name = names.join(path)
+        if name in unfit:
+            return leaf
+        if name not in tensors:
+            return residue.live(others[name])
+        stored = tensors[name]
+        return made.setdefault(id(stored), stored.numpy().copy()) if id(stored) not in made else made[id(stored)]
+
+    return Restore(
+        apply=lambda: _rebuild(template, value),
+        problems=problems,
+        tensors=[*tensors.values(), *residue.tensors(dict(others))],
+    )
+
+
+def _rebuild(tree: Any, value: Callable[[tuple[Any, ...], Any], Any], path: tuple[Any, ...] = ()) -> Any:
+    """A tree of the same containers with `value(path, leaf)` for each leaf."""
+    if isinstance(tree, Mapping):
+        children = {key: _rebuild(child, value, (*path, key)) for key, child in tree.items()}
+        return children if type(tree) is dict else type(tree)(children)
+    if isinstance(tree, list | tuple):
+        items = [_rebuild(child, value, (*path, index)) for index, child in enumerate(tree)]
+        return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
+    return value(path, tree)
+
+
+def _type_name(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"

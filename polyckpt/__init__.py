@@ -1,0 +1,76 @@
+"""Model checkpoints that outlive their framework: one save and one load for PyTorch, Keras 3 and JAX.
+
+Names are imported when they are first used, so that `import polyckpt` costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from polyckpt.api import Restored, inspect, load, save
+    from polyckpt.checkpoint import Checkpoint
+    from polyckpt.errors import (
+        AdapterError,
+        CheckpointError,
+        CheckpointExistsError,
+        CorruptError,
+        MismatchError,
+        NotACheckpointError,
+        PolyckptError,
+        Problem,
+        StorageError,
+        UnsupportedError,
+        VersionError,
+    )
+
+_MODULES = {
+    "polyckpt.api": ("Restored", "inspect", "load", "save"),
+    "polyckpt.checkpoint": ("Checkpoint",),
+    "polyckpt.errors": (
+        "AdapterError",
+        "CheckpointError",
+        "CheckpointExistsError",
+        "CorruptError",
+        "MismatchError",
+        "NotACheckpointError",
+        "PolyckptError",
+        "Problem",
+        "StorageError",
+        "UnsupportedError",
+        "VersionError",
+    ),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__version__ = "0.1.0"
+__all__ = [
+    "AdapterError",
+    "Checkpoint",
+    "CheckpointError",
+    "CheckpointExistsError",
+    "CorruptError",
+    "MismatchError",
+    "NotACheckpointError",
+    "PolyckptError",
+    "Problem",
+    "Restored",
+    "StorageError",
+    "UnsupportedError",
+    "VersionError",
+    "inspect",
+    "load",
+    "save",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'polyckpt' has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_HOME[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,180 @@
+"""The Adapter protocol: all that a framework must offer to be saved and restored.
+
+An adapter crosses the boundary between live objects and the neutral checkpoint. It decides what is a tensor, what it is
+called and what it means; the core decides how it is stored. Saving is `capture_*`, which must not change training.
+Restoring is two steps: `prepare_*` compares everything and returns a `Restore`, whose `apply` writes. Nothing is written
+before every part of a load has been prepared, and what cannot be rolled back must not fail.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+from polyckpt import schema
+from polyckpt.checkpoint import StoredTensor
+from polyckpt.errors import Problem
+from polyckpt.leaves import Leaf
+from polyckpt.residue import Constant
+
+NO_OPTIMIZER = False
+"""What a caller passes as `optimizer` to leave out one that the model carries."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What the objects given to `save` or `load` consist of.
+
+    `join(model, optimizer)` puts restored parts back into the forms the caller gave: a pair of model and optimizer.
+    """
+
+    model: Any
+    optimizer: Any | None
+    join: Callable[[Any, Any], tuple[Any, Any]] = lambda model, optimizer: (model, optimizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelCapture:
+    """A model about to be written.
+
+    type: its class. weights: tensors by the producer's name. layers, order: as in schema.Model. parameters: the trainable
+    ones as (name of the weight, the object an optimizer would hold), in the model's order. native: what is no tensor and
+    belongs to the weights (tree for polyckpt.residue). rng: the model's own random states, restored only with the RNG.
+    metadata: for the header of the weights file. assumptions: as in schema.Manifest.
+    """
+
+    type: str
+    weights: Mapping[str, Leaf]
+    layers: Sequence[schema.Layer] = ()
+    order: Literal["execution", "definition", "name"] = "definition"
+    parameters: Sequence[tuple[str, Any]] = ()
+    native: Any = None
+    rng: Any = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+    assumptions: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerCapture:
+    """An optimizer about to be written.
+
+    slots: slot -> parameter name -> tensor. meanings: slot -> row of polyckpt.optimizers. native: all else that the same
+    framework needs to go on exactly (tree for polyckpt.residue). The rest as in schema.Optimizer. learning_rate: one, or
+    one per group, None where the optimizer does not hold it.
+    """
+
+    type: str
+    family: str
+    slots: Mapping[str, Mapping[str, Leaf]]
+    meanings: Mapping[str, str] = field(default_factory=dict)
+    groups: Sequence[schema.ParameterGroup] = ()
+    conventions: Mapping[str, str] = field(default_factory=dict)
+    step: int | None = None
+    native: Any = None
+    learning_rate: float | tuple[float, ...] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredModel:
+    """What a checkpoint holds of a model: `weights` with tied names included; `native` and `rng` as trees.
+
+    The leaves of a stored tree are TensorRef: adapters turn them into tensors with `residue.live` when they apply.
+    """
+
+    type: str
+    weights: Mapping[str, StoredTensor]
+    aliases: Mapping[str, str]
+    native: Any
+    rng: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class StoredOptimizer:
+    """What a checkpoint holds of an optimizer: `slots` as in OptimizerCapture, `native` as a tree.
+
+    Two entries that are the same StoredTensor were one tensor when they were saved.
+    """
+
+    type: str
+    slots: Mapping[str, Mapping[str, StoredTensor]]
+    native: Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restore:
+    """A prepared restore: what does not fit, and the function that writes all that fits and returns the restored object.
+
+    tensors: what `apply` will read, so that it can be verified before. undo: for an `apply` that runs foreign code and so
+    may fail; it puts back what was there before, and is called too where the `apply` of a later part fails.
+    """
+
+    apply: Callable[[], Any]
+    problems: Sequence[Problem] = ()
+    tensors: Sequence[StoredTensor] = ()
+    undo: Callable[[], Any] | None = None
+
+
+class Adapter(Protocol):
+    """One framework. Instances hold no state; making one imports the framework."""
+
+    name: ClassVar[str]
+
+    def versions(self) -> dict[str, str]:
+        """Versions of the packages that shape the checkpoint, by package name."""
+        ...
+
+    def recognises(self, value: Any) -> bool:
+        """Whether `value`, whose class is of no known package, is this framework's all the same (a registered pytree)."""
+        ...
+
+    def parts(self, model: Any, optimizer: Any | None) -> Parts:
+        """Take apart what the caller gave: a model may carry its optimizer, be wrapped, or be a whole train state.
+
+        optimizer: the caller's; None means the one the model carries, NO_OPTIMIZER that it is to be left out.
+        """
+        ...
+
+    def capture_model(self, model: Any) -> ModelCapture:
+        """Describe a model and name its tensors. Raises UnsupportedError for what cannot be stored."""
+        ...
+
+    def capture_optimizer(self, optimizer: Any, model: ModelCapture) -> OptimizerCapture:
+        """Describe an optimizer over the parameters of `model`, without changing it."""
+        ...
+
+    def prepare_model(self, model: Any, stored: StoredModel, *, rng: bool) -> Restore:
+        """Compare a live model with a stored one. rng: whether to restore its random states too."""
+        ...
+
+    def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, model: Any) -> Restore:
+        """Compare a live optimizer over the parameters of the live `model` with a stored one."""
+        ...
+
+    def capture_object(self, value: Any) -> tuple[str, Any] | None:
+        """(kind, tree) of a stateful object (scheduler, scaler, generator, module), or None for a plain value."""
+        ...
+
+    def prepare_object(self, value: Any, kind: str, tree: Any, *, path: str) -> Restore:
+        """Compare a live stateful object with the tree of one that was captured. The leaves of `tree` are TensorRef."""
+        ...
+
+    def capture_rng(self) -> Any:
+        """The framework's global random state on every device, as a tree; None where it has none."""
+        ...
+
+    def prepare_rng(self, tree: Any) -> Restore:
+        """Compare the devices there are with those of a captured random state."""
+        ...
+
+    def leaf(self, value: Any) -> Leaf | Constant | None:
+        """A tensor or constant of this framework that stands in a tree, or None for anything else."""
+        ...
+
+    def tensor(self, stored: StoredTensor, kind: str) -> Any:
+        """The live, independent tensor of a leaf of this `kind`."""
+        ...
+
+    def constant(self, value: Any, kind: str) -> Any:
+        """The live value of a constant of this `kind`. Raises ValueError for one it does not know."""
+        ...

@@ -1,0 +1,418 @@
+"""What users call: save, load, inspect."""
+
+from __future__ import annotations
+
+import datetime
+import operator
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from polyckpt import __version__, manifest, objects, registry, residue, schema
+from polyckpt.adapter import NO_OPTIMIZER, Adapter, ModelCapture, OptimizerCapture, Restore, StoredModel, StoredOptimizer
+from polyckpt.checkpoint import Checkpoint, StoredTensor, verify_all
+from polyckpt.errors import CorruptError, MismatchError, PolyckptError, Problem, UnsupportedError
+from polyckpt.leaves import Leaf
+from polyckpt.names import join
+from polyckpt.storage import local, tensor_file
+
+Scalar = Any
+"""A number: of Python, or anything 0-dimensional with an `item()` method (NumPy, torch, JAX, TensorFlow scalars)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """What `load` found.
+
+    epoch: completed epochs; step: completed steps; batch: batches consumed of the epoch under way; each None where it was
+    not saved. lr: the learning rate at the save, one per parameter group where there are several. model, optimizer,
+    scheduler: the objects given to `load`, restored; new values where theirs are immutable (JAX). extra: every value that
+    was saved, and the objects that were given. skipped: with strict=False, what did not fit and was left alone.
+    checkpoint: the opened checkpoint.
+    """
+
+    epoch: int | None
+    step: int | None
+    batch: int | None
+    metrics: dict[str, float]
+    lr: float | tuple[float, ...] | None
+    model: Any
+    optimizer: Any
+    scheduler: Any
+    extra: dict[str, Any]
+    skipped: tuple[Problem, ...]
+    checkpoint: Checkpoint
+
+
+def save(
+    path: str | os.PathLike[str],
+    model: Any,
+    optimizer: Any = None,
+    *,
+    scheduler: Any = None,
+    epoch: int | None = None,
+    step: int | None = None,
+    batch: int | None = None,
+    metrics: Mapping[str, Scalar] | None = None,
+    lr: Scalar | Iterable[Scalar] | None = None,
+    extra: Mapping[str, Any] | None = None,
+    overwrite: bool = False,
+) -> Path:
+    """Save a training run as the directory `path`, whole or not at all; returns its absolute path.
+
+    model: a torch module, Keras model, nnx module, flax TrainState, or any pytree or dict of arrays. optimizer: its
+    optimizer or optimizer state; by default the one that the model carries, False to leave that out. scheduler: a learning
+    rate schedule with state. epoch, step: completed so far. batch: batches consumed of the epoch under way, where the save
+    is in the middle of one. metrics: name -> number, NaN allowed. lr: by default that of the optimizer, where it holds one.
+    extra: name -> any further object with state (loss scaler, EMA, generator) or any value of JSON and arrays.
+    overwrite: whether a checkpoint that is there already is replaced; the old one stays until the new one is whole.
+
+    The random states of Python, NumPy and the framework are saved too. Training goes on as if nothing had been saved.
+
+    Raises CheckpointExistsError, UnsupportedError (naming what cannot be stored and why) or StorageError; after each of
+    them everything that was on disk is still there.
+
+    >>> import numpy as np, polyckpt, tempfile
+    >>> path = polyckpt.save(tempfile.mkdtemp() + "/step-7", {"w": np.ones(3)}, step=7, metrics={"loss": 0.5})
+    >>> polyckpt.load(path, {"w": np.zeros(3)}).model["w"]
+    array([1., 1., 1.])
+    """
+    target = Path(os.path.abspath(path))
+    adapter = registry.adapter_for(model, "model")
+    parts = adapter.parts(model, optimizer)
+    captured = adapter.capture_model(parts.model)
+    sections = _Sections()
+    aliases = sections.add_weights(captured.weights)
+    adapters = {registry.HOST: registry.named(registry.HOST), adapter.name: adapter}
+    native: dict[str, Any] = {"model": captured.native, "model_rng": captured.rng}
+    optimized = None
+    if parts.optimizer is not None:
+        owner = registry.find(parts.optimizer) or adapter
+        adapters[owner.name] = owner
+        optimized = owner.capture_optimizer(parts.optimizer, captured)
+        native["optimizer"] = {"adapter": owner.name, "state": optimized.native}
+    if scheduler is not None:
+        native["scheduler"] = objects.capture(scheduler, "scheduler")
+    native["extra"] = {
+        _text(name, "extra"): objects.capture(value, f"extra {name!r}") for name, value in (extra or {}).items()
+    }
+    native["rng"] = {name: tree for name, each in adapters.items() if (tree := each.capture_rng()) is not None}
+    described = _describe_optimizer(optimized, sections) if optimized else None
+    encoded = residue.encode(native, leaf=_encode_leaf, add_tensor=sections.add_state, path=())
+    if lr is None and optimized:
+        lr = optimized.learning_rate
+    draft = {
+        "format": schema.FORMAT_NAME,
+        "version": manifest.VERSION,
+        "saved_at_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "producer": schema.Producer(
+            library_version=__version__,
+            adapter=adapter.name,
+            versions={name: version for each in adapters.values() for name, version in each.versions().items()},
+        ),
+        "progress": schema.Progress(
+            epoch=_count(epoch, "epoch"), step=_count(step, "step"), batch=_count(batch, "batch")
+        ),
+        "metrics": {
+            _text(name, "metrics"): schema.to_number(_scalar(value, f"metrics[{name!r}]"))
+            for name, value in (metrics or {}).items()
+        },
+        "learning_rate": _learning_rate(lr),
+        "model": schema.Model(type=captured.type, order=captured.order, layers=tuple(captured.layers), aliases=aliases),
+        "optimizer": described,
+        "native": encoded,
+        "assumptions": tuple(captured.assumptions),
+    }
+    with local.replacing(target, overwrite=overwrite) as directory:
+        files, tensors = sections.write(directory, captured.metadata)
+        finished = schema.Manifest(**draft, files=files, tensors=tensors)
+        local.write_file(directory / manifest.FILE_NAME, manifest.encode(finished))
+    return target
+
+
+def load(
+    path: str | os.PathLike[str],
+    model: Any,
+    optimizer: Any = None,
+    *,
+    scheduler: Any = None,
+    extra: Mapping[str, Any] | None = None,
+    strict: bool = True,
+    verify: bool = True,
+    rng: bool | None = None,
+) -> Restored:
+    """Restore the checkpoint `path` into live objects of the framework that wrote it.
+
+    model, optimizer, scheduler, extra: as given to `save`; for immutable JAX values templates (arrays or
+    ShapeDtypeStructs), and the restored ones are in the result. Without an optimizer only weights are loaded. strict: with
+    False, load the entries that fit and report the rest in `.skipped`. verify: compare all bytes that are read with their
+    checksums first. rng: restore random states; by default where an optimizer is restored.
+
+    Everything is compared and verified before anything is written. Raises MismatchError, listing every entry that is
+    missing, unexpected, of another shape or type; NotACheckpointError, CorruptError, VersionError or StorageError.
+    """
+    checkpoint = Checkpoint(path, verify=verify)
+    adapter = registry.adapter_for(model, "model")
+    _check_adapter(checkpoint, adapter)
+    parts = adapter.parts(model, optimizer)
+    native = _decode_native(checkpoint)
+    restore_rng = (parts.optimizer is not None) if rng is None else rng
+
+    prepared: dict[str, Restore] = {}
+    stored_extra = native.get("extra") or {}
+    for name, value in (extra or {}).items():
+        prepared[f"extra {name}"] = _prepare_entry(stored_extra.get(name), value, f"extra {name}")
+    for name, entry in stored_extra.items():
+        if name not in (extra or {}) and entry["kind"] == objects.VALUE:
+            prepared[f"extra {name}"] = objects.prepare(None, entry, f"extra {name}")
+    if scheduler is not None:
+        prepared["scheduler"] = _prepare_entry(native.get("scheduler"), scheduler, "scheduler")
+    if parts.optimizer is not None:
+        prepared["optimizer"] = _prepare_optimizer(checkpoint, native, parts.optimizer, parts.model, adapter)
+    stored_model = StoredModel(
+        type=checkpoint.manifest.model.type,
+        weights=checkpoint.weights.stored,
+        aliases=checkpoint.manifest.model.aliases,
+        native=native.get("model"),
+        rng=native.get("model_rng"),
+    )
+    prepared["model"] = adapter.prepare_model(parts.model, stored_model, rng=restore_rng)
+    if restore_rng:
+        for name, tree in (native.get("rng") or {}).items():
+            prepared[f"rng {name}"] = registry.named(name).prepare_rng(tree)
+
+    problems = tuple(problem for restore in prepared.values() for problem in restore.problems)
+    if problems and strict:
+        raise MismatchError(
+            f"{checkpoint.path} does not fit the live objects ({len(problems)} entries; nothing was loaded). Load into the "
+            "objects it was saved from, or pass strict=False to load what fits:",
+            problems,
+        )
+    if verify:
+        verify_all(tensor for restore in prepared.values() for tensor in restore.tensors)
+    results = _apply(prepared)
+
+    restored_model, restored_optimizer = parts.join(results["model"], results.get("optimizer"))
+    metrics, rate = checkpoint.manifest.metrics, checkpoint.manifest.learning_rate
+    return Restored(
+        epoch=checkpoint.manifest.progress.epoch,
+        step=checkpoint.manifest.progress.step,
+        batch=checkpoint.manifest.progress.batch,
+        metrics={name: schema.from_number(number) for name, number in metrics.items()},
+        lr=tuple(map(schema.from_number, rate)) if isinstance(rate, tuple) else _optional_number(rate),
+        model=restored_model,
+        optimizer=restored_optimizer,
+        scheduler=results.get("scheduler"),
+        extra={name.removeprefix("extra "): value for name, value in results.items() if name.startswith("extra ")},
+        skipped=problems,
+        checkpoint=checkpoint,
+    )
+
+
+def inspect(path: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint:
+    """Open the checkpoint `path` without any framework.
+
+    `.manifest` says what it holds; `.weights`, `.optimizer` and `.state` map names to NumPy arrays, read when they are
+    asked for and, with `verify`, compared with their checksums.
+
+    Raises NotACheckpointError, CorruptError, VersionError or StorageError.
+    """
+    return Checkpoint(path, verify=verify)
+
+
+class _Sections:
+    """The tensors of a save by section, each stored once however many names it has."""
+
+    def __init__(self) -> None:
+        self._leaves: dict[str, dict[str, Leaf]] = {"weights": {}, "optimizer": {}, "state": {}}
+        self._by_identity: dict[tuple[str, Any], str] = {}
+
+    def add(self, section: str, name: str, leaf: Leaf) -> str:
+        """Add a tensor; returns the name that it is stored under, which is another one where it is there already."""
+        identity = None if leaf.identity is None else (section, leaf.dtype, leaf.identity)
+        if identity in self._by_identity:
+            return self._by_identity[identity]
+        if name in self._leaves[section]:
+            raise UnsupportedError(f"{section}: two tensors are named {name!r}")
+        self._leaves[section][name] = leaf
+        if identity is not None:
+            self._by_identity[identity] = name
+        return name
+
+    def add_weights(self, weights: Mapping[str, Leaf]) -> dict[str, str]:
+        """Add a model's tensors; returns the aliases among their names."""
+        stored = {name: self.add("weights", _text(name, "weights"), leaf) for name, leaf in weights.items()}
+        return {name: target for name, target in stored.items() if name != target}
+
+    def add_state(self, path: tuple[Any, ...], leaf: Leaf) -> str:
+        """Add a tensor of native residue under its path."""
+        return self.add("state", join(path), leaf)
+
+    def write(
+        self, directory: Path, metadata: Mapping[str, str]
+    ) -> tuple[dict[str, schema.TensorFile], dict[str, dict[str, schema.Tensor]]]:
+        """Write one tensor file per section that has tensors, weights always; returns the manifest's two tables."""
+        files, tensors = {}, {}
+        for section, leaves in self._leaves.items():
+            tensors[section] = {}
+            if not leaves and section != "weights":
+                continue
+            file = f"{section}.safetensors"
+            keys = {_key(name, leaves): leaf for name, leaf in leaves.items()}
+            written = tensor_file.write(directory / file, keys, metadata if section == "weights" else {})
+            files[file] = written.entry
+            for (name, leaf), key in zip(leaves.items(), keys, strict=True):
+                chunk = schema.Chunk(
+                    file=file, key=key, offset=(0,) * len(leaf.shape), shape=leaf.shape, checksum=written.checksums[key]
+                )
+                tensors[section][name] = schema.Tensor(dtype=leaf.dtype, shape=leaf.shape, chunks=(chunk,))
+        return files, tensors
+
+
+def _key(name: str, taken: Mapping[str, Leaf]) -> str:
+    """The key of a tensor in its file: its name, unless safetensors reserves that."""
+    while name == "__metadata__" or (name.startswith("__metadata__~") and name.rstrip("~") == "__metadata__"):
+        name += "~"
+        if name not in taken:
+            break
+    return name
+
+
+def _describe_optimizer(captured: OptimizerCapture, sections: _Sections) -> schema.Optimizer:
+    slots = {}
+    for slot, tensors in captured.slots.items():
+        keys = {parameter: sections.add("optimizer", f"{slot}/{parameter}", leaf) for parameter, leaf in tensors.items()}
+        slots[slot] = schema.Slot(meaning=captured.meanings.get(slot, "custom"), tensors=keys)
+    return schema.Optimizer(
+        type=captured.type,
+        family=captured.family,
+        conventions=dict(captured.conventions),
+        groups=tuple(captured.groups),
+        step=captured.step,
+        slots=slots,
+    )
+
+
+def _encode_leaf(value: Any) -> Leaf | residue.Constant | None:
+    adapter = registry.by_class(value)
+    return adapter.leaf(value) if adapter else None
+
+
+def _decode_native(checkpoint: Checkpoint) -> dict[str, Any]:
+    state = checkpoint.state.stored
+
+    def tensor(name: str, kind: str) -> residue.TensorRef:
+        return residue.TensorRef(state[name], lambda: registry.named(_package(kind)).tensor(state[name], kind))
+
+    def constant(value: Any, kind: str) -> Any:
+        return registry.named(_package(kind)).constant(value, kind)
+
+    native = residue.decode(checkpoint.manifest.native, residue.Decoders(tensor=tensor, constant=constant))
+    entries = [*(native.get("extra") or {}).values(), native.get("scheduler")]
+    if not all(entry is None or (isinstance(entry, dict) and {"adapter", "kind", "state"} <= set(entry)) for entry in entries):
+        raise CorruptError(f"{checkpoint.path}: native: an entry of extra or scheduler lacks adapter, kind or state")
+    return native
+
+
+def _package(kind: str) -> str:
+    """The adapter of a leaf or constant: its kind up to the first dot."""
+    return kind.partition(".")[0]
+
+
+def _check_adapter(checkpoint: Checkpoint, adapter: Adapter) -> None:
+    producer = checkpoint.manifest.producer.adapter
+    if producer != adapter.name:
+        raise MismatchError(
+            f"{checkpoint.path} was saved by the {producer} adapter, the model given is one of {adapter.name}. Load it into "
+            f"a model of {producer}, or read its tensors with polyckpt.inspect(path).weights"
+        )
+
+
+def _prepare_entry(entry: dict[str, Any] | None, live: Any, path: str) -> Restore:
+    if entry is None:
+        section, _, name = path.partition(" ")
+        problem = Problem("missing", section, name or section, live=f"a {type(live).__name__}")
+        return Restore(apply=lambda: live, problems=[problem])
+    return objects.prepare(live, entry, path)
+
+
+def _prepare_optimizer(
+    checkpoint: Checkpoint, native: Mapping[str, Any], optimizer: Any, model: Any, fallback: Adapter
+) -> Restore:
+    described, entry = checkpoint.manifest.optimizer, native.get("optimizer")
+    kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
+    if described is None or entry is None:
+        problem = Problem("missing", "optimizer", "(all of it; pass optimizer=False to load weights only)", live=kind)
+        return Restore(apply=lambda: optimizer, problems=[problem])
+    adapter = registry.find(optimizer) or fallback
+    if adapter.name != entry["adapter"]:
+        problem = Problem("value", "optimizer", "framework", stored=entry["adapter"], live=adapter.name)
+        return Restore(apply=lambda: optimizer, problems=[problem])
+    tensors = checkpoint.optimizer.stored
+    stored = StoredOptimizer(
+        type=described.type,
+        slots={name: {parameter: tensors[key] for parameter, key in slot.tensors.items()} for name, slot in described.slots.items()},
+        native=entry["state"],
+    )
+    return adapter.prepare_optimizer(optimizer, stored, model)
+
+
+def _apply(prepared: Mapping[str, Restore]) -> dict[str, Any]:
+    """Run every `apply` in order: foreign code first, since it alone can fail, and random states last."""
+    done: list[Restore] = []
+    results = {}
+    for name, restore in prepared.items():
+        done.append(restore)
+        try:
+            results[name] = restore.apply()
+        except BaseException:
+            for earlier in reversed(done):
+                if earlier.undo:
+                    earlier.undo()
+            raise
+    return results
+
+
+def _scalar(value: Scalar, what: str) -> float | int:
+    try:
+        number = value.item() if hasattr(value, "item") else value.numpy().item() if hasattr(value, "numpy") else value
+        return number if isinstance(number, int) and not isinstance(number, bool) else float(number)
+    except (TypeError, ValueError, RuntimeError) as error:
+        kind = f"{type(value).__module__}.{type(value).__qualname__}"
+        raise UnsupportedError(f"{what}: {value!r:.200} ({kind}) is not one number: {error}") from error
+
+
+def _learning_rate(lr: Any) -> schema.Number | tuple[schema.Number, ...] | None:
+    if lr is None:
+        return None
+    if isinstance(lr, list | tuple):
+        return tuple(schema.to_number(_scalar(each, "lr")) for each in lr)
+    return schema.to_number(_scalar(lr, "lr"))
+
+
+def _optional_number(number: schema.Number | None) -> float | int | None:
+    return None if number is None else schema.from_number(number)
+
+
+def _count(value: Any, what: str) -> int | None:
+    if value is None:
+        return None
+    try:
+        count = operator.index(value.item() if hasattr(value, "item") else value)
+    except (TypeError, ValueError) as error:
+        raise UnsupportedError(f"{what}: {value!r} is not a whole number") from error
+    if count < 0:
+        raise UnsupportedError(f"{what}: {count} is negative; it counts what is completed")
+    return count
+
+
+def _text(name: Any, where: str) -> str:
+    if not isinstance(name, str):
+        raise UnsupportedError(f"{where}: the name {name!r} is a {type(name).__name__}, not a string")
+    try:
+        name.encode()
+    except UnicodeEncodeError as error:
+        raise UnsupportedError(f"{where}: the name {name!r} is not valid Unicode") from error
+    return name

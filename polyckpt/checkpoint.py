@@ -1,0 +1,187 @@
+"""An opened checkpoint: its manifest, and its tensors as lazily mapped, verified arrays."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from polyckpt import manifest as manifest_file
+from polyckpt.checksums import BLOCK_BYTES, Hasher
+from polyckpt.dtypes import lookup
+from polyckpt.errors import CorruptError, StorageError
+from polyckpt.schema import Chunk, Manifest, Tensor
+from polyckpt.storage import local
+from polyckpt.storage.tensor_file import TensorFileReader
+
+
+class StoredTensor:
+    """One tensor of an opened checkpoint. `dtype` is a name of polyckpt.dtypes, `shape` is in elements."""
+
+    def __init__(self, checkpoint: Checkpoint, name: str, tensor: Tensor) -> None:
+        self.name = name
+        self.dtype = tensor.dtype
+        self.shape = tensor.shape
+        self.checksums = tuple(chunk.checksum for chunk in tensor.chunks)
+        self._checkpoint = checkpoint
+        self._tensor = tensor
+        self._verified = False
+
+    def __str__(self) -> str:
+        return f"{self.dtype}{list(self.shape)}"
+
+    def __repr__(self) -> str:
+        return f"<StoredTensor {self.name!r} {self}>"
+
+    def verify(self) -> None:
+        """Compare every byte with its checksum, once. Raises CorruptError naming file, tensor and both checksums."""
+        if self._verified:
+            return
+        for chunk in self._tensor.chunks:
+            data = memoryview(self._chunk_bytes(chunk))
+            hasher = Hasher()
+            for start in range(0, len(data), BLOCK_BYTES):
+                hasher.update(data[start : start + BLOCK_BYTES])
+            if hasher.result() != chunk.checksum:
+                raise CorruptError(
+                    f"{self._checkpoint.path / chunk.file}: {self.name}: the manifest says {chunk.checksum}, "
+                    f"the bytes have {hasher.result()}: they changed after they were written"
+                )
+        self._verified = True
+
+    def raw(self) -> np.ndarray:
+        """The tensor's bytes, uint8, row-major: a private, writable map of the file where the tensor is one chunk.
+
+        They are verified by now unless the checkpoint was opened with verify=False.
+        """
+        if self._checkpoint.verifies:
+            self.verify()
+        if len(self._tensor.chunks) == 1:
+            return self._chunk_bytes(self._tensor.chunks[0])
+        return self._assembled().reshape(-1).view(np.uint8)
+
+    def numpy(self) -> np.ndarray:
+        """The tensor as a NumPy array of its own element type; writing to it changes no file."""
+        return self.raw().view(lookup(self.dtype, self.name).numpy).reshape(self.shape)
+
+    def _assembled(self) -> np.ndarray:
+        dtype = lookup(self.dtype, self.name).numpy
+        whole = np.empty(self.shape, dtype)
+        for chunk in self._tensor.chunks:
+            box = tuple(slice(offset, offset + size) for offset, size in zip(chunk.offset, chunk.shape, strict=True))
+            whole[box] = self._chunk_bytes(chunk).view(dtype).reshape(chunk.shape)
+        return whole
+
+    def _chunk_bytes(self, chunk: Chunk) -> np.ndarray:
+        file = self._checkpoint.file(chunk.file)
+        dtype = lookup(self.dtype, self.name)
+        entry = file.entries.get(chunk.key)
+        if entry is None or (entry.code, entry.shape) != (dtype.stored_code, dtype.stored_shape(chunk.shape)):
+            there = f"{entry.code}{list(entry.shape)}" if entry else "nothing"
+            raise CorruptError(
+                f"{file.path}: {chunk.key}: the manifest says {dtype.stored_code}{list(dtype.stored_shape(chunk.shape))}, "
+                f"the file has {there}"
+            )
+        return file.raw(chunk.key)
+
+
+class Section(Mapping[str, np.ndarray]):
+    """Tensors by name as NumPy arrays, read when they are asked for; `stored` gives them without reading."""
+
+    def __init__(self, stored: Mapping[str, StoredTensor]) -> None:
+        self.stored = stored
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self.stored[name].numpy()
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} tensors: {', '.join(f'{name} {tensor}' for name, tensor in self.stored.items())}>"
+
+
+class Checkpoint:
+    """A checkpoint on disk, opened; needs no framework.
+
+    manifest: the decoded manifest. unknown: members that a later minor version added. weights: the model's tensors, tied
+    names included. optimizer, state: the other sections.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:
+        """Open the checkpoint in the directory `path`.
+
+        verify: compare each tensor's bytes with its checksum when it is first read.
+        Raises NotACheckpointError, CorruptError, VersionError or StorageError; each says what was found instead.
+        """
+        self.path = local.locate(Path(path))
+        self.verifies = verify
+        manifest_path = self.path / manifest_file.FILE_NAME
+        decoded = manifest_file.decode(_read(manifest_path), str(manifest_path))
+        self.manifest: Manifest = decoded.manifest
+        self.unknown: dict[str, Any] = decoded.unknown
+        self._files: dict[str, TensorFileReader] = {}
+        for name in self.manifest.files:
+            self.file(name)
+
+    @cached_property
+    def weights(self) -> Section:
+        """The model's tensors under the producer's names."""
+        stored = self._section("weights")
+        return Section({**stored, **{alias: stored[name] for alias, name in self.manifest.model.aliases.items()}})
+
+    @cached_property
+    def optimizer(self) -> Section:
+        """The optimizer's slots, named "<slot>/<parameter>"."""
+        return Section(self._section("optimizer"))
+
+    @cached_property
+    def state(self) -> Section:
+        """All other tensors of the run: RNG states, extras."""
+        return Section(self._section("state"))
+
+    def verify(self) -> None:
+        """Verify every tensor. Raises CorruptError for the first whose bytes changed."""
+        verify_all([*self.weights.stored.values(), *self.optimizer.stored.values(), *self.state.stored.values()])
+
+    def file(self, name: str) -> TensorFileReader:
+        """The open tensor file `name`."""
+        if name not in self._files:
+            self._files[name] = TensorFileReader(self.path, name, self.manifest.files[name])
+        return self._files[name]
+
+    def _section(self, section: str) -> dict[str, StoredTensor]:
+        tensors = self.manifest.tensors.get(section, {})
+        return {name: StoredTensor(self, name, tensor) for name, tensor in tensors.items()}
+
+    def __repr__(self) -> str:
+        producer, progress = self.manifest.producer, self.manifest.progress
+        return (
+            f"<Checkpoint {str(self.path)!r} by {producer.adapter}, epoch {progress.epoch}, step {progress.step}, "
+            f"{len(self.weights)} weights>"
+        )
+
+
+def verify_all(tensors: Iterable[StoredTensor]) -> None:
+    """Verify tensors in a few threads: hashing and reading release the GIL."""
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        for _ in pool.map(StoredTensor.verify, tensors):
+            pass
+
+
+def _read(path: Path) -> bytes:
+    try:
+        size_bytes = path.stat().st_size
+        if size_bytes > manifest_file.MAX_BYTES:
+            raise CorruptError(f"{path}: {size_bytes} bytes; a manifest has at most {manifest_file.MAX_BYTES}")
+        return path.read_bytes()
+    except OSError as error:
+        raise StorageError(error.errno, f"cannot read {path}: {error.strerror}") from error

@@ -1,0 +1,96 @@
+"""Element types: the neutral name, how a tensor file holds it, and how NumPy sees it.
+
+A tensor file is safetensors, whose own types are a subset. A type that it lacks is stored bit for bit under another one of
+the same size (`stored_code`), with trailing axes where one element needs several of those (`stored_suffix`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from polyckpt.errors import UnsupportedError
+
+
+@dataclass(frozen=True, slots=True)
+class Dtype:
+    """One element type: `itemsize` is in bytes, `stored_code` is the safetensors code."""
+
+    name: str
+    itemsize: int
+    stored_code: str
+    stored_suffix: tuple[int, ...] = ()
+
+    @property
+    def numpy(self) -> np.dtype:
+        """The NumPy type of this name; types that NumPy lacks come from ml_dtypes."""
+        return _numpy(self.name)
+
+    def stored_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of a tensor of `shape` in the header of its file."""
+        return shape + self.stored_suffix
+
+
+_ROWS = (
+    Dtype("bool", 1, "BOOL"),
+    Dtype("int8", 1, "I8"),
+    Dtype("int16", 2, "I16"),
+    Dtype("int32", 4, "I32"),
+    Dtype("int64", 8, "I64"),
+    Dtype("uint8", 1, "U8"),
+    Dtype("uint16", 2, "U16"),
+    Dtype("uint32", 4, "U32"),
+    Dtype("uint64", 8, "U64"),
+    Dtype("float16", 2, "F16"),
+    Dtype("bfloat16", 2, "BF16"),
+    Dtype("float32", 4, "F32"),
+    Dtype("float64", 8, "F64"),
+    Dtype("complex64", 8, "C64"),
+    Dtype("complex128", 16, "F64", (2,)),
+    Dtype("float8_e4m3fn", 1, "F8_E4M3"),
+    Dtype("float8_e5m2", 1, "F8_E5M2"),
+    Dtype("float8_e8m0fnu", 1, "F8_E8M0"),
+    Dtype("float8_e4m3fnuz", 1, "F8_E4M3FNUZ"),
+    Dtype("float8_e5m2fnuz", 1, "F8_E5M2FNUZ"),
+    # One byte an element, as ml_dtypes holds them in memory.
+    *(
+        Dtype(name, 1, "U8")
+        for name in (
+            "float8_e3m4",
+            "float8_e4m3",
+            "float8_e4m3b11fnuz",
+            "float6_e2m3fn",
+            "float6_e3m2fn",
+            "float4_e2m1fn",
+            "int2",
+            "int4",
+            "uint2",
+            "uint4",
+        )
+    ),
+)
+
+DTYPES: dict[str, Dtype] = {row.name: row for row in _ROWS}
+"""Every element type of format 1 by its neutral name."""
+
+
+@cache
+def _numpy(name: str) -> np.dtype:
+    try:
+        return np.dtype(name)
+    except TypeError:
+        import ml_dtypes
+
+        return np.dtype(getattr(ml_dtypes, name))
+
+
+def lookup(name: str, where: str) -> Dtype:
+    """The row of `name`, or UnsupportedError that names `where` it stands."""
+    try:
+        return DTYPES[name]
+    except KeyError:
+        raise UnsupportedError(
+            f"{where}: element type {name!r} is not part of the format; it holds {', '.join(DTYPES)}"
+        ) from None

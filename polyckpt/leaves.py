@@ -1,0 +1,44 @@
+"""A tensor on its way from a framework into a file."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass
+
+import numpy as np
+
+from polyckpt.errors import UnsupportedError
+
+
+@dataclass(frozen=True, slots=True)
+class Leaf:
+    """A tensor that a save will write.
+
+    dtype: a name of polyckpt.dtypes. shape: in elements. read: returns the C-contiguous bytes on the host, as an array of
+    any element type that holds them bit for bit; called once, when the tensor's turn to be written has come, so that a
+    device tensor is never copied before. identity: equal for tensors that share memory and are to be stored once and
+    re-tied; None for one that shares with nobody. kind: who rebuilds it where it stands in native residue ("numpy",
+    "torch", ...).
+    """
+
+    dtype: str
+    shape: tuple[int, ...]
+    read: Callable[[], np.ndarray]
+    identity: Hashable | None = None
+    kind: str = "numpy"
+
+
+def array_leaf(array: np.ndarray, kind: str = "numpy") -> Leaf:
+    """The leaf of a NumPy array of any layout. Raises UnsupportedError for element types that are not numbers."""
+    dtype = array.dtype
+    # Only numbers have a bit pattern that another program can read; ml_dtypes register as kind "V".
+    if dtype.hasobject or dtype.names or dtype.kind in "OSUMm" or dtype.name.startswith(("void", "longdouble")):
+        raise UnsupportedError(f"a NumPy array of dtype {dtype} cannot be stored: only numbers and booleans can")
+    pointer = array.__array_interface__["data"][0]
+    return Leaf(
+        dtype=dtype.name,
+        shape=array.shape,
+        read=lambda: np.ascontiguousarray(array, dtype=dtype.newbyteorder("<") if dtype.byteorder == ">" else None),
+        identity=(pointer, array.shape, array.strides, dtype.str) if array.size else None,
+        kind=kind,
+    )

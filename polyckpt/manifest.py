@@ -1,0 +1,170 @@
+"""A manifest's bytes: encoding, version rules, the checksum that seals it, and every check that needs no other file."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+
+from polyckpt import residue
+from polyckpt.checksums import PREFIX, checksum
+from polyckpt.errors import CorruptError, VersionError
+from polyckpt.schema import FORMAT_MAJOR, FORMAT_MINOR, FORMAT_NAME, Manifest, Tensor
+
+FILE_NAME = "manifest.json"
+MAX_BYTES = 1 << 30
+VERSION = f"{FORMAT_MAJOR}.{FORMAT_MINOR}"
+
+_SEAL = re.compile(rb',\n  "checksum": "' + PREFIX.encode() + rb'[0-9a-f]{32}"\n}\n\Z')
+_TENSOR_FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}\.safetensors\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Decoded:
+    """A manifest and the members in it that this library does not know, in the shape of the JSON they stood in."""
+
+    manifest: Manifest
+    unknown: dict[str, Any]
+
+
+def encode(manifest: Manifest, unknown: dict[str, Any] | None = None) -> bytes:
+    """The sealed bytes of `manifest`, with the `unknown` members of an earlier decode put back."""
+    members = _merge(msgspec.to_builtins(manifest), unknown or {})
+    body = msgspec.json.format(msgspec.json.encode(members), indent=2).removesuffix(b"\n}")
+    return body + b',\n  "checksum": "' + checksum(body).encode() + b'"\n}\n'
+
+
+def decode(data: bytes, source: str) -> Decoded:
+    """The manifest in `data`; `source` names it in errors.
+
+    Raises VersionError for a major version from the future and CorruptError for anything else that is wrong.
+    """
+    try:
+        raw = msgspec.json.decode(data)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise CorruptError(f"{source}: not JSON, so truncated or damaged: {error}") from error
+    if not isinstance(raw, dict) or raw.get("format") != FORMAT_NAME:
+        raise CorruptError(f'{source}: no member "format": "{FORMAT_NAME}", so not a manifest or a damaged one')
+    _check_version(raw.get("version"), source)
+    _check_seal(data, source)
+    del raw["checksum"]
+    try:
+        manifest = msgspec.convert(raw, Manifest, strict=True)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise CorruptError(f"{source}: {error}") from error
+    if problems := list(_problems(manifest)):
+        raise CorruptError("\n  ".join([f"{source}: contradicts itself:", *problems]))
+    return Decoded(manifest, _leftover(raw, msgspec.to_builtins(manifest)))
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON Schema (2020-12) of a manifest, generated from polyckpt.schema."""
+    schema = msgspec.json.schema(Manifest)
+    checksum_schema = {"type": "string", "pattern": f"^{PREFIX}[0-9a-f]{{32}}$"}
+    definition = schema["$defs"]["Manifest"]
+    definition["properties"]["checksum"] = checksum_schema
+    definition["required"].append("checksum")
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "polyckpt manifest", **schema}
+
+
+def _check_version(version: Any, source: str) -> None:
+    if not isinstance(version, str) or not re.fullmatch(r"\d{1,9}\.\d{1,9}", version):
+        raise CorruptError(f'{source}: "version" is {version!r}, not "major.minor"')
+    if int(version.split(".")[0]) != FORMAT_MAJOR:
+        raise VersionError(
+            f"{source}: written in format version {version}; this library reads {FORMAT_MAJOR}.x (it writes {VERSION}). "
+            "Install a polyckpt that reads it"
+        )
+
+
+def _check_seal(data: bytes, source: str) -> None:
+    seal = _SEAL.search(data, max(0, len(data) - 200))
+    if seal is None:
+        raise CorruptError(f'{source}: does not end in its "checksum", so it was truncated or rewritten')
+    stated, actual = seal[0][-37 - len(PREFIX) + 1 : -4].decode(), checksum(data[: seal.start()])
+    if stated != actual:
+        raise CorruptError(f"{source}: its checksum is {stated} but its bytes have {actual}: it was damaged or edited")
+
+
+def _problems(manifest: Manifest) -> Iterator[str]:
+    """Every contradiction within a manifest, one line each."""
+    for name in manifest.files:
+        if not _TENSOR_FILE_NAME.match(name):
+            yield f"files: {name!r} is not a plain name of a .safetensors file inside the checkpoint"
+    for section, tensors in manifest.tensors.items():
+        for name, tensor in tensors.items():
+            for problem in _chunk_problems(tensor, manifest):
+                yield f"tensors: {section}: {name}: {problem}"
+    weights = {**manifest.tensors.get("weights", {}), **manifest.model.aliases}
+    for alias, target in manifest.model.aliases.items():
+        if target not in manifest.tensors.get("weights", {}):
+            yield f"model: aliases: {alias} stands for {target}, which is not stored"
+    for layer in manifest.model.layers:
+        for role, entry in layer.roles.items():
+            if entry.tensor not in weights:
+                yield f"model: layers: {layer.path}: {role} is {entry.tensor}, which is not a weight"
+    for slot_name, slot in (manifest.optimizer.slots if manifest.optimizer else {}).items():
+        for parameter, key in slot.tensors.items():
+            if key not in manifest.tensors.get("optimizer", {}):
+                yield f"optimizer: slots: {slot_name}: {parameter} is {key}, which is not stored"
+    for name in residue.tensor_names(manifest.native):
+        if name not in manifest.tensors.get("state", {}):
+            yield f"native: refers to the tensor {name}, which is not stored"
+
+
+def _chunk_problems(tensor: Tensor, manifest: Manifest) -> Iterator[str]:
+    if any(size < 0 for size in tensor.shape):
+        yield f"shape {list(tensor.shape)} has a negative size"
+        return
+    boxes = []
+    for chunk in tensor.chunks:
+        if chunk.file not in manifest.files:
+            yield f"lies in {chunk.file!r}, which is not among the files"
+        if not len(chunk.offset) == len(chunk.shape) == len(tensor.shape) or any(
+            offset < 0 or size < 0 or offset + size > whole
+            for offset, size, whole in zip(chunk.offset, chunk.shape, tensor.shape, strict=False)
+        ):
+            yield f"chunk at {list(chunk.offset)} of shape {list(chunk.shape)} is not inside {list(tensor.shape)}"
+            return
+        boxes.append(list(zip(chunk.offset, chunk.shape, strict=True)))
+    covered = sum(math.prod(chunk.shape) for chunk in tensor.chunks)
+    if covered != math.prod(tensor.shape) or not tensor.chunks:
+        yield f"chunks hold {covered} elements of {math.prod(tensor.shape)}"
+    elif len(boxes) > 1 and _any_overlap(boxes):
+        yield "chunks overlap"
+
+
+def _any_overlap(boxes: list[list[tuple[int, int]]]) -> bool:
+    """Whether two boxes share an element; sorted along the first axis so that only neighbours are compared."""
+    boxes = sorted(boxes)
+    for index, box in enumerate(boxes):
+        for other in boxes[index + 1 :]:
+            if box and other[0][0] >= box[0][0] + box[0][1]:
+                break
+            if all(a < b + m and b < a + n for (a, n), (b, m) in zip(box, other, strict=True)):
+                return True
+    return False
+
+
+def _leftover(raw: Any, known: Any) -> Any:
+    """What `raw` has and `known` lacks, nested as in `raw` (list items by index); empty where nothing is left over."""
+    if isinstance(raw, dict) and isinstance(known, dict):
+        pairs = ((key, _leftover(value, known[key]) if key in known else value) for key, value in raw.items())
+        return {key: rest for key, rest in pairs if key not in known or rest}
+    if isinstance(raw, list) and isinstance(known, list | tuple) and len(raw) == len(known):
+        pairs = ((str(index), _leftover(*both)) for index, both in enumerate(zip(raw, known, strict=True)))
+        return {index: rest for index, rest in pairs if rest}
+    return {}
+
+
+def _merge(known: Any, unknown: Any) -> Any:
+    """The inverse of `_leftover`."""
+    if isinstance(known, dict) and isinstance(unknown, dict):
+        return {**known, **{key: _merge(known[key], value) if key in known else value for key, value in unknown.items()}}
+    if isinstance(known, list | tuple) and isinstance(unknown, dict):
+        return [_merge(child, unknown[str(i)]) if str(i) in unknown else child for i, child in enumerate(known)]
+    return known

@@ -1,0 +1,127 @@
+"""Optimizer families: what their slots hold, what their hyperparameters are called, and where conventions differ.
+
+`g` is a gradient, `w` a parameter, `lr` the learning rate; an average is exponential.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from polyckpt.schema import Optimizer
+
+CUSTOM = "custom"
+
+MEANINGS: dict[str, str] = {
+    "step": "completed updates of this parameter",
+    "first_moment": "average of g",
+    "second_moment": "average of g^2",
+    "max_second_moment": "maximum of the second moment so far",
+    "infinity_norm": "decayed maximum of |g|",
+    "momentum": "decayed sum of g or of updates",
+    "squared_sum": "sum of g^2",
+    "squared_update": "average of squared updates",
+    "row_second_moment": "average of g^2 over the last axis",
+    "column_second_moment": "average of g^2 over the axis before the last",
+    "momentum_product": "product of the momentum coefficients so far",
+    "previous_gradient": "g of the update before, zero where its sign changed",
+    "step_size": "step size of each element",
+    "linear": "linear term of follow-the-regularised-leader",
+    "parameter_average": "average of w",
+    "gradient_accumulator": "gradients of an accumulation window under way",
+    "schedule": "a coefficient that a formula derives from the step",
+    CUSTOM: "known to the producer alone",
+}
+"""What a slot holds."""
+
+_ADAM = frozenset({"first_moment", "second_moment"})
+
+FAMILIES: dict[str, frozenset[str]] = {
+    "sgd": frozenset({"momentum"}),
+    "adam": _ADAM | {"max_second_moment"},
+    "sparse_adam": _ADAM,
+    "adamax": frozenset({"first_moment", "infinity_norm"}),
+    "nadam": _ADAM | {"momentum_product"},
+    "radam": _ADAM,
+    "rmsprop": frozenset({"second_moment", "first_moment", "momentum"}),
+    "adagrad": frozenset({"squared_sum"}),
+    "adadelta": frozenset({"second_moment", "squared_update"}),
+    "adafactor": frozenset({"row_second_moment", "column_second_moment", "second_moment", "first_moment"}),
+    "lion": frozenset({"first_moment"}),
+    "lamb": _ADAM,
+    "muon": frozenset({"momentum", "first_moment", "second_moment"}),
+    "ftrl": frozenset({"squared_sum", "linear"}),
+    "rprop": frozenset({"previous_gradient", "step_size"}),
+    "asgd": frozenset({"parameter_average", "schedule"}),
+    "lbfgs": frozenset({CUSTOM}),
+}
+"""Family -> meanings of its slots. Every family may also hold the meanings of `_ANY`; "custom" may hold any."""
+
+_ANY = frozenset({"step", "parameter_average", "gradient_accumulator", CUSTOM})
+
+HYPERPARAMETERS: dict[str, str] = {
+    "learning_rate": "lr",
+    "beta1": "decay of the first moment",
+    "beta2": "decay of the second moment",
+    "beta2_decay": "exponent by which the decay of the second moment approaches one",
+    "epsilon": "added to a denominator; where is the convention `epsilon`",
+    "epsilon2": "lower bound of the parameter scale (Adafactor)",
+    "weight_decay": "weight decay; how is the convention `weight_decay`",
+    "momentum": "decay of the momentum",
+    "dampening": "share of g kept out of the momentum",
+    "nesterov": "whether momentum looks ahead",
+    "rho": "decay of the average of g^2 (RMSprop, Adadelta)",
+    "centered": "whether the square of the average of g is subtracted",
+    "amsgrad": "whether the maximum second moment divides",
+    "learning_rate_decay": "lr / (1 + step * this)",
+    "momentum_decay": "decay of the momentum schedule (NAdam)",
+    "initial_accumulator": "first value of the squared sum",
+    "clip_threshold": "bound of the root mean square of an update (Adafactor)",
+    "maximize": "whether the objective is maximised, so that slots hold moments of -g",
+}
+"""Neutral names of hyperparameters. A producer's further ones stay in its native residue."""
+
+CONVENTIONS: dict[str, dict[str, str]] = {
+    "epsilon": {
+        "outside_sqrt": "sqrt(second moment) + epsilon, after bias correction",
+        "before_bias_correction": "sqrt(second moment) + epsilon, before bias correction (epsilon hat)",
+        "inside_sqrt": "sqrt(second moment + epsilon)",
+        "in_norm": "max(decayed norm, |g| + epsilon)",
+        "in_square": "average of g^2 + epsilon",
+    },
+    "weight_decay": {
+        "coupled": "g + weight_decay * w, before the slots",
+        "decoupled": "w - lr * weight_decay * w, apart from the slots",
+    },
+    "momentum": {
+        "unscaled": "the momentum holds gradients; lr multiplies it at each update",
+        "scaled_by_learning_rate": "the momentum holds updates: lr was multiplied in when each was added",
+    },
+    "max_second_moment": {
+        "raw": "maximum of the second moment",
+        "bias_corrected": "maximum of the bias-corrected second moment",
+    },
+    "momentum_schedule": {
+        "decaying": "beta1 * (1 - 0.96 ** (step * momentum_decay) / 2)",
+        "constant": "beta1",
+    },
+    "accumulator": {"sum": "the accumulator holds a sum of gradients", "mean": "their running mean"},
+}
+"""Convention -> choice -> formula."""
+
+
+def problems(optimizer: Optimizer) -> Iterator[str]:
+    """What a described optimizer says that the tables do not know, one line each."""
+    if optimizer.family != CUSTOM and optimizer.family not in FAMILIES:
+        yield f"family {optimizer.family!r} is not in the table"
+    for slot, entry in optimizer.slots.items():
+        if entry.meaning not in MEANINGS:
+            yield f"slot {slot}: meaning {entry.meaning!r} is not in the table"
+        elif optimizer.family in FAMILIES and entry.meaning not in FAMILIES[optimizer.family] | _ANY:
+            yield f"slot {slot}: {optimizer.family} has no {entry.meaning}"
+    for name, choice in optimizer.conventions.items():
+        if choice not in CONVENTIONS.get(name, {}):
+            yield f"convention {name}: {choice!r} is not in the table"
+    for group in optimizer.groups:
+        for name in group.hyperparameters:
+            if name not in HYPERPARAMETERS:
+                yield f"hyperparameter {name!r} is not in the table"

@@ -1,0 +1,158 @@
+"""The neutral checkpoint as frozen structs: what a manifest says. FORMAT.md is the prose to it.
+
+Every struct ignores members that it does not know, so that a later minor version can add some; `manifest.decode` keeps
+them. JSON lacks NaN and the infinities: wherever a number may be one of them it is a `Number`.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import msgspec
+
+FORMAT_NAME = "polyckpt"
+FORMAT_MAJOR = 1
+FORMAT_MINOR = 0
+
+
+class _Struct(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
+    """Base of all parts: frozen, by keyword, every member written."""
+
+
+class NonFinite(_Struct):
+    """A number that JSON cannot hold, as `{"$float": "nan"}`."""
+
+    value: Literal["nan", "inf", "-inf"] = msgspec.field(name="$float")
+
+
+Number = int | float | NonFinite
+
+
+class Chunk(_Struct):
+    """A box of a tensor and where its bytes lie: the tensor `key` of the tensor file `file`, row-major."""
+
+    file: str
+    key: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+    checksum: str
+
+
+class Tensor(_Struct):
+    """A tensor of `shape`, cut into chunks that cover it without overlap (one chunk unless several processes wrote it)."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    chunks: tuple[Chunk, ...]
+
+
+class TensorFile(_Struct):
+    """A safetensors file of the checkpoint. The header is not part of any tensor and has a checksum of its own."""
+
+    size_bytes: int
+    header_checksum: str
+
+
+class Role(_Struct):
+    """What a tensor is to its layer. `axes` names every axis, einops style: "out in", "(gate unit) in", "" for 0-d."""
+
+    tensor: str
+    axes: str
+
+
+class Layer(_Struct):
+    """One layer: `kind` is a row of polyckpt.layers, `type` the producer's class, `config` what matters to meaning."""
+
+    path: str
+    kind: str
+    type: str
+    config: dict[str, bool | Number | str | None] = {}
+    roles: dict[str, Role] = {}
+
+
+class Model(_Struct):
+    """The described model. `aliases` maps a tied tensor's further names to the name that it is stored under.
+
+    order: of `layers`: `execution`, `definition`, or `name` (sorted; says nothing about either).
+    """
+
+    type: str
+    order: Literal["execution", "definition", "name"]
+    layers: tuple[Layer, ...] = ()
+    aliases: dict[str, str] = {}
+
+
+class ParameterGroup(_Struct):
+    """Parameters (names of weights) that share hyperparameters; names of those are in polyckpt.optimizers."""
+
+    parameters: tuple[str, ...]
+    hyperparameters: dict[str, bool | Number | str | None | tuple[Number, ...]]
+
+
+class Slot(_Struct):
+    """One slot: `meaning` is a row of polyckpt.optimizers or "custom"; `tensors` maps a parameter to an optimizer tensor."""
+
+    meaning: str
+    tensors: dict[str, str]
+
+
+class Optimizer(_Struct):
+    """The described optimizer. `step` counts completed updates, None where the producer keeps no count."""
+
+    type: str
+    family: str
+    conventions: dict[str, str] = {}
+    groups: tuple[ParameterGroup, ...] = ()
+    step: int | None = None
+    slots: dict[str, Slot] = {}
+
+
+class Progress(_Struct):
+    """How far training came: completed epochs, completed steps, and batches consumed of the epoch under way."""
+
+    epoch: int | None = None
+    step: int | None = None
+    batch: int | None = None
+
+
+class Producer(_Struct):
+    """Who wrote the checkpoint: `adapter` restores it; `versions` are those of the packages involved."""
+
+    library_version: str
+    adapter: str
+    versions: dict[str, str]
+
+
+class Manifest(_Struct):
+    """A whole checkpoint but for the bytes of its tensors.
+
+    tensors: by section: `weights` (names of the producer), `optimizer` (slots), `state` (all else).
+    native: what only the same framework can use, in the tagged JSON of polyckpt.residue.
+    assumptions: what a writer had to assume about meaning, one sentence each.
+    """
+
+    format: Literal["polyckpt"]
+    version: str
+    saved_at_utc: str
+    producer: Producer
+    progress: Progress
+    metrics: dict[str, Number]
+    learning_rate: Number | tuple[Number, ...] | None
+    model: Model
+    optimizer: Optimizer | None
+    files: dict[str, TensorFile]
+    tensors: dict[str, dict[str, Tensor]]
+    native: dict[str, Any]
+    assumptions: tuple[str, ...] = ()
+
+
+def to_number(value: float | int) -> Number:
+    """`value`, or its NonFinite form."""
+    if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
+        return NonFinite(value="nan" if value != value else "inf" if value > 0 else "-inf")
+    return value
+
+
+def from_number(number: Number) -> float | int:
+    """The Python number that `to_number` was given."""
+    return float(number.value) if isinstance(number, NonFinite) else number

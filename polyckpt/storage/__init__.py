@@ -1,0 +1,1 @@
+"""Bytes on disk: tensor files and the local store that commits a directory of them atomically."""

@@ -1,0 +1,211 @@
+"""Directories on a local file system that appear whole or not at all.
+
+A save fills a temporary directory beside its target, syncs it, renames it into place and syncs the parent. Every temporary
+directory is locked while its writer lives, so that the next save beside it can tell a leftover of a killed process, which it
+removes, from the work of a neighbour, which it leaves alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import errno
+import fcntl
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from polyckpt.errors import CheckpointExistsError, NotACheckpointError, StorageError
+from polyckpt.manifest import FILE_NAME
+
+_TEMPORARY_PREFIX = ".polyckpt-tmp-"
+_REPLACED_SUFFIX = ".polyckpt-replaced"
+
+
+def locate(path: Path) -> Path:
+    """The directory of the checkpoint `path`, which is not quite `path` where a kill fell into a replacement.
+
+    Raises NotACheckpointError, saying what there is instead.
+    """
+    try:
+        if (path / FILE_NAME).is_file():
+            return path
+        if not path.exists() and (_replaced(path) / FILE_NAME).is_file():
+            return _replaced(path)
+        if not path.exists():
+            raise NotACheckpointError(f"{path}: no such file or directory")
+        if not path.is_dir():
+            raise NotACheckpointError(f"{path}: a file; a checkpoint is a directory with a {FILE_NAME}")
+        inside = sorted(child.name for child in path.iterdir() if (child / FILE_NAME).is_file())
+    except PermissionError as error:
+        raise StorageError(error.errno, f"cannot read {path}: {error.strerror}") from error
+    hint = f"; it holds the checkpoints {', '.join(inside[-5:])}: name one of them" if inside else ""
+    raise NotACheckpointError(f"{path}: a directory without a {FILE_NAME}, so not a checkpoint{hint}")
+
+
+@contextlib.contextmanager
+def replacing(target: Path, *, overwrite: bool) -> Iterator[Path]:
+    """A new directory to fill; when the block ends it becomes `target`, and when the block raises it is removed.
+
+    Raises CheckpointExistsError where `target` is taken and may not be replaced, before the block runs; StorageError
+    where the system refuses.
+    """
+    parent = target.parent
+    try:
+        _make_directories(parent)
+        _recover(target)
+        _check_target(target, overwrite)
+        _remove_leftovers(parent)
+        temporary, lock = _create_temporary(parent)
+    except PermissionError as error:
+        raise StorageError(error.errno, f"cannot save to {target}: {error.strerror}: {error.filename}") from error
+    except (NotADirectoryError, FileExistsError) as error:
+        if isinstance(error, CheckpointExistsError):
+            raise
+        raise StorageError(error.errno, f"cannot save to {target}: {error.filename} is not a directory") from error
+    except OSError as error:
+        raise StorageError(error.errno, f"cannot save to {target}: {error.strerror}") from error
+    try:
+        yield temporary
+        try:
+            _sync_directory(temporary)
+            _commit(temporary, target, overwrite)
+            _sync_directory(parent)
+        except CheckpointExistsError:
+            raise
+        except OSError as error:
+            raise StorageError(error.errno, f"cannot save to {target}: {error.strerror}") from error
+    finally:
+        # After a replacement this is the old checkpoint, after a failure the unfinished one, else nothing.
+        shutil.rmtree(temporary, ignore_errors=True)
+        os.close(lock)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a new file and sync it to disk. Raises StorageError where the system refuses."""
+    try:
+        with open(path, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise StorageError(error.errno, f"cannot write {path}: {error.strerror}") from error
+
+
+def _check_target(target: Path, overwrite: bool) -> None:
+    if not os.path.lexists(target):
+        return
+    if target.is_symlink() or not target.is_dir():
+        what = "a symbolic link" if target.is_symlink() else "a file"
+        raise CheckpointExistsError(f"{target}: {what}; polyckpt replaces only checkpoints. Save to another path")
+    if not os.listdir(target):
+        return
+    if not (target / FILE_NAME).exists():
+        raise CheckpointExistsError(f"{target}: a directory that is no checkpoint, so it is not replaced. Save to another path")
+    if not overwrite:
+        raise CheckpointExistsError(f"{target}: a checkpoint is there already. Save to another path, or pass overwrite=True")
+
+
+def _make_directories(directory: Path) -> None:
+    """`directory` and its missing parents, each made durable in its own parent."""
+    missing = []
+    while not directory.exists():
+        missing.append(directory)
+        directory = directory.parent
+    for path in reversed(missing):
+        path.mkdir(exist_ok=True)
+        _sync_directory(path.parent)
+
+
+def _create_temporary(parent: Path) -> tuple[Path, int]:
+    """A new directory and the descriptor whose lock says that its writer lives."""
+    while True:
+        path = parent / f"{_TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+        path.mkdir()
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except FileNotFoundError:
+            continue  # a neighbour took the still unlocked directory for a leftover
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(lock)  # as above, just earlier
+            continue
+        except OSError:
+            return path, lock  # no locks on this file system: nobody there removes leftovers either
+        if os.path.isdir(path):
+            return path, lock
+        os.close(lock)
+
+
+def _remove_leftovers(parent: Path) -> None:
+    for path in parent.glob(f"{_TEMPORARY_PREFIX}*"):
+        try:
+            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(path, ignore_errors=True)
+        except OSError:
+            pass  # its writer lives, or locks are not to be had
+        finally:
+            os.close(lock)
+
+
+def _replaced(target: Path) -> Path:
+    return target.with_name(f".{target.name}{_REPLACED_SUFFIX}")
+
+
+def _recover(target: Path) -> None:
+    """Finish what a kill between the two renames of `_commit` left."""
+    replaced = _replaced(target)
+    if replaced.exists():
+        if target.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+        else:
+            os.rename(replaced, target)
+
+
+def _commit(temporary: Path, target: Path, overwrite: bool) -> None:
+    try:
+        os.rename(temporary, target)  # also over an empty directory
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+    _check_target(target, overwrite)  # again: a neighbour may have put something there during the save
+    if _exchange(temporary, target):
+        return
+    # No atomic exchange here: at every moment the old checkpoint stands under one of two names that `locate` knows.
+    os.rename(target, _replaced(target))
+    os.rename(temporary, target)
+    shutil.rmtree(_replaced(target), ignore_errors=True)
+
+
+def _exchange(first: Path, second: Path) -> bool:
+    """Swap two directories in one step; False where the system or the file system cannot."""
+    names = (os.fsencode(first), os.fsencode(second))
+    library = ctypes.CDLL(None, use_errno=True)
+    if sys.platform == "linux" and hasattr(library, "renameat2"):
+        at_cwd, rename_exchange = -100, 2
+        failed = library.renameat2(at_cwd, names[0], at_cwd, names[1], ctypes.c_uint(rename_exchange))
+    elif sys.platform == "darwin" and hasattr(library, "renamex_np"):
+        rename_swap = 2
+        failed = library.renamex_np(names[0], names[1], ctypes.c_uint(rename_swap))
+    else:
+        return False
+    if failed and (code := ctypes.get_errno()) not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        raise OSError(code, os.strerror(code), os.fspath(second))
+    return not failed
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,214 @@
+"""Tensor files: safetensors, written in one pass with checksums, read through a memory map after bounded checks.
+
+The layout is that of the safetensors README: a little-endian uint64 with the header's length, the header (JSON, padded with
+spaces), then the tensors without gaps. Here the tensors begin at a multiple of 64 bytes and stand in descending order of
+element size, so that each is aligned to its own.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import stat
+import struct
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from polyckpt.checksums import BLOCK_BYTES, Hasher, checksum
+from polyckpt.dtypes import lookup
+from polyckpt.errors import CorruptError, StorageError, UnsupportedError
+from polyckpt.leaves import Leaf
+from polyckpt.schema import TensorFile
+
+ALIGNMENT_BYTES = 64
+MAX_HEADER_BYTES = 100_000_000
+"""The limit of the safetensors package: a file beyond it could not be opened by other tools."""
+
+# Linux counts a private writable map against memory unless told not to: a file larger than memory must still be readable.
+_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
+
+_STORED_ITEMSIZE = {
+    **dict.fromkeys(("BOOL", "U8", "I8", "F8_E5M2", "F8_E4M3", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"), 1),
+    **dict.fromkeys(("I16", "U16", "F16", "BF16"), 2),
+    **dict.fromkeys(("I32", "U32", "F32"), 4),
+    **dict.fromkeys(("I64", "U64", "F64", "C64"), 8),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Written:
+    """A finished tensor file: its entry for the manifest and the checksum of each tensor by key."""
+
+    entry: TensorFile
+    checksums: dict[str, str]
+
+
+def write(path: Path, leaves: Mapping[str, Leaf], metadata: Mapping[str, str]) -> Written:
+    """Write `leaves` by key into the new file `path`, each byte once, and sync it to disk.
+
+    Raises UnsupportedError before anything is written where a type or a name has no place in the format, StorageError
+    where the system refuses.
+    """
+    ordered = sorted(leaves.items(), key=lambda item: -lookup(item[1].dtype, item[0]).itemsize)
+    header = _header(ordered, metadata)
+    checksums: dict[str, str] = {}
+    size_bytes = len(header)
+    try:
+        with open(path, "xb", buffering=0) as file:
+            _write_all(file, memoryview(header))
+            for key, leaf in ordered:
+                data = _bytes_of(key, leaf)
+                hasher = Hasher()
+                for start in range(0, len(data), BLOCK_BYTES):
+                    block = data[start : start + BLOCK_BYTES]
+                    hasher.update(block)
+                    _write_all(file, block)
+                checksums[key] = hasher.result()
+                size_bytes += len(data)
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise StorageError(error.errno, f"cannot write {path}: {error.strerror}") from error
+    return Written(TensorFile(size_bytes=size_bytes, header_checksum=checksum(header)), checksums)
+
+
+def _header(ordered: list[tuple[str, Leaf]], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    offset = 0
+    for key, leaf in ordered:
+        dtype = lookup(leaf.dtype, key)
+        end = offset + math.prod(leaf.shape) * dtype.itemsize
+        entries[key] = {
+            "dtype": dtype.stored_code,
+            "shape": dtype.stored_shape(leaf.shape),
+            "data_offsets": [offset, end],
+        }
+        offset = end
+    try:
+        text = msgspec.json.encode(entries)
+    except UnicodeEncodeError as error:
+        raise UnsupportedError(f"the tensor name {error.object!r} is not valid Unicode") from error
+    text += b" " * (-(8 + len(text)) % ALIGNMENT_BYTES)
+    if len(text) > MAX_HEADER_BYTES:
+        raise UnsupportedError(
+            f"{len(ordered)} tensors need a header of {len(text)} bytes; safetensors allows {MAX_HEADER_BYTES}"
+        )
+    return struct.pack("<Q", len(text)) + text
+
+
+def _bytes_of(key: str, leaf: Leaf) -> memoryview:
+    array = leaf.read()
+    expected = math.prod(leaf.shape) * lookup(leaf.dtype, key).itemsize
+    if array.nbytes != expected or not array.flags.c_contiguous:
+        raise UnsupportedError(
+            f"{key}: {leaf.dtype}{list(leaf.shape)} is {expected} bytes, but reading it gave {array.nbytes}, "
+            f"{'contiguous' if array.flags.c_contiguous else 'not contiguous'}"
+        )
+    return memoryview(array.reshape(-1).view(np.uint8))
+
+
+def _write_all(file: Any, data: memoryview) -> None:
+    while data:
+        # The system may take less than it was given: near a limit, and at 2 GiB always.
+        data = data[file.write(data) :]
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a file as its header states it: bytes `start` to `end` of the file."""
+
+    code: str
+    shape: tuple[int, ...]
+    start: int
+    end: int
+
+
+class TensorFileReader:
+    """An open tensor file whose size, header and offsets have been checked; no tensor byte has been read yet."""
+
+    def __init__(self, directory: Path, name: str, stated: TensorFile | None = None) -> None:
+        """Open `name` in `directory`; where given, size and header must be as `stated` in the manifest.
+
+        Raises CorruptError for anything that contradicts itself or the manifest, StorageError where the system refuses.
+        """
+        self.path = directory / name
+        try:
+            # Without O_NONBLOCK a planted FIFO would block for ever.
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except FileNotFoundError as error:
+            raise CorruptError(f"{self.path}: missing, but the manifest names it") from error
+        except OSError as error:
+            raise StorageError(error.errno, f"cannot read {self.path}: {error.strerror}") from error
+        try:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode):
+                raise CorruptError(f"{self.path}: not a regular file")
+            if stated and status.st_size != stated.size_bytes:
+                raise CorruptError(f"{self.path}: {status.st_size} bytes, but the manifest says {stated.size_bytes}")
+            header = self._read_header(descriptor, status.st_size)
+            if stated and checksum(header) != stated.header_checksum:
+                raise CorruptError(
+                    f"{self.path}: its header has checksum {checksum(header)}, but the manifest says {stated.header_checksum}"
+                )
+            self.entries = self._parse(header, status.st_size)
+            # Private and writable, so that frameworks may wrap it without a copy; nothing written reaches the file.
+            flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
+            self._map = mmap.mmap(descriptor, status.st_size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
+        except OSError as error:
+            raise StorageError(error.errno, f"cannot read {self.path}: {error.strerror}") from error
+        finally:
+            os.close(descriptor)
+        self._bytes = np.frombuffer(self._map, dtype=np.uint8)
+
+    def raw(self, key: str) -> np.ndarray:
+        """The bytes of one tensor, uint8, without a copy."""
+        entry = self.entries[key]
+        return self._bytes[entry.start : entry.end]
+
+    def _read_header(self, descriptor: int, size_bytes: int) -> bytes:
+        prefix = os.pread(descriptor, 8, 0)
+        if len(prefix) < 8:
+            raise CorruptError(f"{self.path}: {size_bytes} bytes are too few for a tensor file")
+        (length,) = struct.unpack("<Q", prefix)
+        if length > min(MAX_HEADER_BYTES, size_bytes - 8):
+            raise CorruptError(
+                f"{self.path}: its header claims {length} bytes; the file has {size_bytes} and the limit is {MAX_HEADER_BYTES}"
+            )
+        header = os.pread(descriptor, 8 + length, 0)
+        if len(header) != 8 + length:
+            raise CorruptError(f"{self.path}: ended within its header")
+        return header
+
+    def _parse(self, header: bytes, size_bytes: int) -> dict[str, Entry]:
+        try:
+            raw = msgspec.json.decode(header[8:], type=dict[str, dict[str, Any]])
+        except (msgspec.DecodeError, msgspec.ValidationError, RecursionError, UnicodeDecodeError) as error:
+            raise CorruptError(f"{self.path}: its header is not that of a tensor file: {error}") from error
+        raw.pop("__metadata__", None)
+        entries = {key: self._entry(key, fields, len(header)) for key, fields in raw.items()}
+        position = len(header)
+        for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
+            if entry.start != position:
+                raise CorruptError(f"{self.path}: {key} begins at byte {entry.start}, but {position} is next")
+            position = entry.end
+        if position != size_bytes:
+            raise CorruptError(f"{self.path}: its tensors end at byte {position}, the file at {size_bytes}")
+        return entries
+
+    def _entry(self, key: str, fields: dict[str, Any], base: int) -> Entry:
+        try:
+            code = fields["dtype"]
+            shape = msgspec.convert(fields["shape"], tuple[int, ...])
+            start, end = msgspec.convert(fields["data_offsets"], tuple[int, int])
+            size_bytes = math.prod(shape) * _STORED_ITEMSIZE[code]
+        except (KeyError, TypeError, msgspec.ValidationError) as error:
+            raise CorruptError(f"{self.path}: the header's entry for {key} is {fields}, which is not valid") from error
+        if min(shape, default=0) < 0 or start < 0 or end - start != size_bytes:
+            raise CorruptError(f"{self.path}: {key} is {code}{list(shape)} but spans bytes {start} to {end}")
+        return Entry(code, shape, base + start, base + end)

@@ -1,0 +1,87 @@
+"""What every adapter must pass, over the cases of its module. A subclass names them and the environment they run in."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors import safe_open
+
+import polyckpt
+from polyckpt import layers, optimizers
+
+REPOSITORY = Path(__file__).parents[2]
+
+
+def run_python(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    """A new Python process in the repository; fails with its output where it fails."""
+    done = subprocess.run(
+        [sys.executable, *arguments], cwd=REPOSITORY, env={**os.environ, **(env or {})}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, f"{arguments} exited with {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done
+
+
+class AdapterSuite:
+    """Subclass as `class TestX(AdapterSuite): cases = "tests.adapters.cases.x"`; `env` is added to the environment."""
+
+    cases: str
+    env: dict[str, str] = {}
+
+    def __init_subclass__(cls) -> None:
+        # Names are listed without any framework; the cases run in processes of their own.
+        cls.test_case = pytest.mark.parametrize("name", list(importlib.import_module(cls.cases).CASES))(_check_case)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def results(cls, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Any, Any]:
+        """Where the checkpoints are, and what the two processes found."""
+        directory = tmp_path_factory.mktemp(cls.__name__)
+        for mode in ("train", "resume"):
+            run_python("-m", "tests.adapters.worker", cls.cases, mode, str(directory), env=cls.env)
+        return directory, *(json.loads((directory / f"{mode}.json").read_text()) for mode in ("train", "resume"))
+
+
+def _check_case(self: AdapterSuite, results: tuple[Path, Any, Any], name: str) -> None:
+    directory, trained, resumed = results[0], results[1][name], results[2][name]
+    assert "error" not in trained, trained["error"]
+    assert "error" not in resumed, resumed["error"]
+    # The test can fail: the resumed run began from other values, and training changes them.
+    assert resumed["start"] != trained["start"]
+    assert trained["straight"] != trained["start"]
+    assert trained["saved"] == trained["straight"], "saving changed training"
+    assert resumed["resumed"] == trained["straight"], "the resumed run differs from the uninterrupted one"
+    check_description(polyckpt.inspect(directory / name))
+    check_other_tools(directory / name)
+
+
+def check_description(checkpoint: polyckpt.Checkpoint) -> None:
+    """Layers and optimizer speak the language of the core's tables, and every weight has a role."""
+    shapes = {name: tensor.shape for name, tensor in checkpoint.weights.stored.items()}
+    found = [problem for layer in checkpoint.manifest.model.layers for problem in layers.problems(layer, shapes)]
+    if checkpoint.manifest.optimizer:
+        found += list(optimizers.problems(checkpoint.manifest.optimizer))
+        grouped = {name for group in checkpoint.manifest.optimizer.groups for name in group.parameters}
+        found += [f"group parameter {name} is no weight" for name in grouped - set(shapes)]
+    if checkpoint.manifest.model.layers:
+        described = {role.tensor for layer in checkpoint.manifest.model.layers for role in layer.roles.values()}
+        aliases = checkpoint.manifest.model.aliases
+        canonical = {aliases.get(name, name) for name in described}
+        found += [f"{name} has no role" for name in shapes if aliases.get(name, name) not in canonical]
+    assert not found, "\n".join(found)
+
+
+def check_other_tools(directory: Path) -> None:
+    """The weights can be read with the safetensors package alone, bit for bit."""
+    checkpoint = polyckpt.inspect(directory)
+    with safe_open(directory / "weights.safetensors", "np") as file:
+        assert set(file.keys()) == set(checkpoint.manifest.tensors["weights"])
+        for name in file.keys():  # noqa: SIM118 (not a mapping)
+            if checkpoint.weights.stored[name].dtype in ("float32", "float64", "int32", "int64"):
+                assert file.get_tensor(name).tobytes() == checkpoint.weights[name].tobytes()
