@@ -95,9 +95,7 @@ def save(
         native["optimizer"] = {"adapter": owner.name, "state": optimized.native}
     if scheduler is not None:
         native["scheduler"] = objects.capture(scheduler, "scheduler")
-    native["extra"] = {
-        _text(name, "extra"): objects.capture(value, f"extra {name!r}") for name, value in (extra or {}).items()
-    }
+    native["extra"] = {_text(name, "extra"): objects.capture(value, f"extra {name!r}") for name, value in (extra or {}).items()}
     native["rng"] = {name: tree for name, each in adapters.items() if (tree := each.capture_rng()) is not None}
     described = _describe_optimizer(optimized, sections) if optimized else None
     encoded = residue.encode(native, leaf=_encode_leaf, add_tensor=sections.add_state, path=())
@@ -112,9 +110,7 @@ def save(
             adapter=adapter.name,
             versions={name: version for each in adapters.values() for name, version in each.versions().items()},
         ),
-        "progress": schema.Progress(
-            epoch=_count(epoch, "epoch"), step=_count(step, "step"), batch=_count(batch, "batch")
-        ),
+        "progress": schema.Progress(epoch=_count(epoch, "epoch"), step=_count(step, "step"), batch=_count(batch, "batch")),
         "metrics": {
             _text(name, "metrics"): schema.to_number(_scalar(value, f"metrics[{name!r}]"))
             for name, value in (metrics or {}).items()
@@ -353,7 +349,9 @@ def _prepare_optimizer(
     tensors = checkpoint.optimizer.stored
     stored = StoredOptimizer(
         type=described.type,
-        slots={name: {parameter: tensors[key] for parameter, key in slot.tensors.items()} for name, slot in described.slots.items()},
+        slots={
+            name: {parameter: tensors[key] for parameter, key in slot.tensors.items()} for name, slot in described.slots.items()
+        },
         native=entry["state"],
     )
     return adapter.prepare_optimizer(optimizer, stored, model)

@@ -15,6 +15,7 @@ vocab, dim      rows and columns of an embedding
 gate, unit      gates of a recurrent cell (order in the config, `gate_order`) and its hidden units
 which           input or recurrent part, where one bias tensor holds both
 qkv, head, hd   query/key/value, attention heads, features of a head
+1               an axis of size one that means nothing; every kind may have it
 ==============  =============================================================================================
 """
 
@@ -113,7 +114,7 @@ def problems(layer: Layer, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
             yield f"{layer.path}: a {layer.kind} has no role {role!r}"
             continue
         named = axes(entry.axes)
-        unknown = {axis for group in named for axis in group} - allowed
+        unknown = {axis for group in named for axis in group} - allowed - {"1"}
         if unknown:
             yield f"{layer.path}: {role}: a {layer.kind} has no axis {', '.join(sorted(unknown))}"
         if len(named) != len(shapes[entry.tensor]):

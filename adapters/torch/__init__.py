@@ -1,0 +1,102 @@
+"""The adapter for PyTorch: modules, optimizers, generators and tensors, restored in place."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from polyckpt.adapter import (
+    NO_OPTIMIZER,
+    ModelCapture,
+    OptimizerCapture,
+    Parts,
+    Restore,
+    StoredModel,
+    StoredOptimizer,
+)
+from polyckpt.adapters.torch import modules, optimizers, rng, tensors
+from polyckpt.checkpoint import StoredTensor
+from polyckpt.errors import Problem, UnsupportedError
+from polyckpt.leaves import Leaf
+from polyckpt.residue import Constant
+
+_OBJECTS = {
+    "module": (nn.Module, modules.capture_tree, modules.prepare_tree),
+    "optimizer": (torch.optim.Optimizer, optimizers.capture_tree, optimizers.prepare_tree),
+    "generator": (torch.Generator, rng.capture_generator, rng.prepare_generator),
+}
+"""Kind of a stateful object -> class, reading it as a tree, preparing its restore. Others go by state_dict()."""
+
+
+class TorchAdapter:
+    """PyTorch. Models are modules (wrapped ones too), state dicts, or other containers of tensors."""
+
+    name: ClassVar[str] = "torch"
+
+    def versions(self) -> dict[str, str]:
+        return {"torch": str(torch.__version__)}
+
+    def recognises(self, value: Any) -> bool:
+        return False
+
+    def parts(self, model: Any, optimizer: Any | None) -> Parts:
+        return Parts(model=model, optimizer=None if optimizer is NO_OPTIMIZER else optimizer)
+
+    def capture_model(self, model: Any) -> ModelCapture:
+        return modules.capture(model)
+
+    def capture_optimizer(self, optimizer: Any, model: ModelCapture) -> OptimizerCapture:
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            raise UnsupportedError(
+                f"optimizer: a {type(optimizer).__qualname__} is no torch.optim.Optimizer; pass it in `extra`"
+            )
+        return optimizers.capture(optimizer, model.parameters)
+
+    def prepare_model(self, model: Any, stored: StoredModel, *, rng: bool) -> Restore:
+        return modules.prepare(model, stored, "weights")
+
+    def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, model: Any) -> Restore:
+        return optimizers.prepare(optimizer, stored, modules.parameters(model), "optimizer")
+
+    def capture_object(self, value: Any) -> tuple[str, Any] | None:
+        for kind, (cls, capture, _) in _OBJECTS.items():
+            if isinstance(value, cls):
+                return kind, capture(value)
+        return None
+
+    def prepare_object(self, value: Any, kind: str, tree: Any, *, path: str) -> Restore:
+        cls, _, prepare = _OBJECTS.get(kind, (None, None, None))
+        if cls is None or prepare is None or not isinstance(value, cls):
+            problem = Problem("value", "extra", path, stored=f"a {kind}", live=f"a {type(value).__name__}")
+            return Restore(apply=lambda: value, problems=[problem])
+        return prepare(value, tree, path)
+
+    def capture_rng(self) -> Any:
+        return rng.capture()
+
+    def prepare_rng(self, tree: Any) -> Restore:
+        return rng.prepare(tree)
+
+    def leaf(self, value: Any) -> Leaf | Constant | None:
+        if isinstance(value, torch.Tensor):
+            return tensors.leaf(value, "a tensor")
+        if isinstance(value, torch.dtype | torch.device):
+            return Constant(f"torch.{type(value).__name__}", str(value))
+        if isinstance(value, torch.Size):
+            return Constant("torch.Size", list(value))
+        return None
+
+    def tensor(self, stored: StoredTensor, kind: str) -> Any:
+        return tensors.copied(stored)
+
+    def constant(self, value: Any, kind: str) -> Any:
+        if kind == "torch.Size":
+            return torch.Size(value)
+        if kind == "torch.device":
+            return torch.device(value)
+        found = getattr(torch, str(value).removeprefix("torch."), None)
+        if kind != "torch.dtype" or not isinstance(found, torch.dtype):
+            raise ValueError(f"{value!r} is no {kind}")
+        return found

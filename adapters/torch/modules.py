@@ -1,0 +1,212 @@
+"""Modules, state dicts and other containers of torch tensors: their entries by name, and writing them back in place."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from polyckpt import names, residue
+from polyckpt.adapter import ModelCapture, Restore, StoredModel
+from polyckpt.adapters.torch import layers, tensors
+from polyckpt.checkpoint import StoredTensor
+from polyckpt.errors import Problem, UnsupportedError
+from polyckpt.leaves import Leaf
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One entry of a model: `key` in its own state dict, and the tensor or other value there."""
+
+    key: str
+    value: Any
+
+
+def capture(model: Any) -> ModelCapture:
+    """Describe a module or a container of tensors."""
+    found = entries(model)
+    weights = {name: tensors.leaf(entry.value, name) for name, entry in found.items() if _is_tensor(entry)}
+    described = layers.describe(model, _renamer(model)) if isinstance(model, nn.Module) else []
+    return ModelCapture(
+        type=_type_name(model),
+        weights=weights,
+        layers=described,
+        order="definition",
+        parameters=parameters(model),
+        native=_native(model, found),
+        metadata={"format": "pt"},
+    )
+
+
+def entries(model: Any) -> dict[str, Entry]:
+    """All that a model's state consists of, by canonical name: its state-dict key without the segments of wrappers."""
+    if isinstance(model, nn.Module):
+        rename = _renamer(model)
+        return {rename(key): Entry(key, value) for key, value in model.state_dict(keep_vars=True).items()}
+    if isinstance(model, torch.Tensor):
+        return {"": Entry("", model)}
+    if isinstance(model, Mapping) and all(isinstance(key, str) and not _is_container(value) for key, value in model.items()):
+        return {key: Entry(key, value) for key, value in model.items()}  # a state dict: names as a module has them
+    found: dict[str, Entry] = {}
+    for path, value in _walk(model, ()):
+        name = names.join(path)
+        if name in found:
+            raise UnsupportedError(f"model: two entries are named {name!r}: keys that differ only in type")
+        found[name] = Entry(name, value)
+    return found
+
+
+def parameters(model: Any) -> list[tuple[str, Any]]:
+    """Trainable tensors by canonical name, tied ones under the first of their names."""
+    if isinstance(model, nn.Module):
+        rename = _renamer(model)
+        return [(rename(key), parameter) for key, parameter in model.named_parameters()]
+    return [(name, entry.value) for name, entry in entries(model).items() if _is_tensor(entry)]
+
+
+def prepare(model: Any, stored: StoredModel, section: str) -> Restore:
+    """Compare a model with a stored one; `apply` copies every entry that fits into the live tensors."""
+    live = entries(model)
+    others = (stored.native or {}).get("others", {})
+    problems = list(_problems(live, stored.weights, others, section))
+    unfit = {problem.name for problem in problems}
+
+    def apply() -> Any:
+        fitting = {
+            entry.key: tensors.mapped(stored.weights[name])
+            for name, entry in live.items()
+            if name in stored.weights and name not in unfit
+        }
+        values = {live[name].key: residue.live(value) for name, value in others.items() if name not in unfit}
+        if isinstance(model, nn.Module):
+            _load_module(model, {**fitting, **values}, stored)
+        else:
+            with torch.no_grad():
+                for entry in live.values():
+                    if entry.key in fitting:
+                        entry.value.copy_(fitting[entry.key])
+        return model
+
+    needed = [stored.weights[name] for name in live if name in stored.weights]
+    return Restore(apply=apply, problems=problems, tensors=[*needed, *residue.tensors(dict(others))])
+
+
+def capture_tree(model: nn.Module) -> dict[str, Any]:
+    """A module as one tree, for where it stands beside the model."""
+    captured = capture(model)
+    return {"weights": dict(captured.weights), "native": captured.native, "type": captured.type}
+
+
+def prepare_tree(model: nn.Module, tree: Mapping[str, Any], path: str) -> Restore:
+    """The counterpart of `capture_tree`."""
+    weights = {name: ref.stored for name, ref in tree["weights"].items()}
+    stored = StoredModel(type=tree["type"], weights=weights, aliases={}, native=tree["native"], rng=None)
+    return prepare(model, stored, path)
+
+
+def _problems(
+    live: Mapping[str, Entry], weights: Mapping[str, StoredTensor], others: Mapping[str, Any], section: str
+) -> Iterator[Problem]:
+    by_memory: dict[Any, str] = {}
+    for name, entry in live.items():
+        shown = tensors.show(entry.value) if _is_tensor(entry) else f"a {type(entry.value).__name__}"
+        if name not in weights and name not in others:
+            yield Problem("missing", section, name, live=shown)
+        elif _is_tensor(entry) != (name in weights):
+            yield Problem("dtype", section, name, stored=str(weights.get(name, "no tensor")), live=shown)
+        elif _is_tensor(entry):
+            stored = weights[name]
+            # Raises where the live tensor cannot be written either: lazy, meta, sharded.
+            identity = tensors.leaf(entry.value, f"model: {name}").identity
+            if stored.shape != tuple(entry.value.shape):
+                yield Problem("shape", section, name, stored=str(stored), live=shown)
+            elif stored.dtype != tensors.DTYPE_NAMES.get(entry.value.dtype):
+                yield Problem("dtype", section, name, stored=str(stored), live=shown)
+            elif identity is not None and weights[first := by_memory.setdefault(identity, name)].checksums != stored.checksums:
+                yield Problem(
+                    "value", section, name, stored=f"values of its own, not those of {first}", live=f"one tensor with {first}"
+                )
+    for name in [*weights, *others]:
+        if name not in live:
+            yield Problem("unexpected", section, name, stored=str(weights.get(name, "a value")))
+
+
+def _native(model: Any, found: Mapping[str, Entry]) -> dict[str, Any]:
+    others = {name: entry.value for name, entry in found.items() if not _is_tensor(entry)}
+    if not isinstance(model, nn.Module):
+        return {"others": others}
+    rename = _renamer(model)
+    # Modules read entries of older versions of their class differently; 1 is the version of nearly all.
+    versions = {rename(key): module._version for key, module in model.named_modules() if module._version != 1}
+    return {"others": others, "versions": versions}
+
+
+def _load_module(model: nn.Module, state: dict[str, Any], stored: StoredModel) -> None:
+    rename = _renamer(model)
+    versions = (stored.native or {}).get("versions", {})
+    # load_state_dict reads the versions of modules from this attribute of the dict.
+    state_dict = model.state_dict().__class__(state)
+    state_dict._metadata = {  # type: ignore[attr-defined]
+        key: {"version": versions.get(rename(key), 1)} for key, _ in model.named_modules(remove_duplicate=False)
+    }
+    model.load_state_dict(state_dict, strict=False)  # compared already
+
+
+def _wrappers() -> dict[type, str]:
+    """Module classes that hold one module and are no part of its names -> the attribute that holds it."""
+    found: dict[type, str] = {nn.parallel.DistributedDataParallel: "module", nn.DataParallel: "module"}
+    if compiled := sys.modules.get("torch._dynamo.eval_frame"):
+        found[compiled.OptimizedModule] = "_orig_mod"
+    return found
+
+
+class _Renamer:
+    """Canonical names of a module's state-dict keys: segments that a wrapper adds are dropped, wherever it stands."""
+
+    def __init__(self, model: nn.Module) -> None:
+        wrappers = _wrappers()
+        self._dropped = {
+            f"{path}.{attribute}".lstrip(".")
+            for path, module in model.named_modules(remove_duplicate=False)
+            for kind, attribute in wrappers.items()
+            if isinstance(module, kind)
+        }
+
+    def __call__(self, key: str) -> str:
+        if not self._dropped:
+            return key
+        segments = key.split(".")
+        return ".".join(
+            segment for index, segment in enumerate(segments) if ".".join(segments[: index + 1]) not in self._dropped
+        )
+
+
+def _renamer(model: Any) -> _Renamer:
+    return _Renamer(model)
+
+
+def _walk(tree: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    if isinstance(tree, Mapping):
+        for key, child in tree.items():
+            yield from _walk(child, (*path, key))
+    elif isinstance(tree, list | tuple):
+        for index, child in enumerate(tree):
+            yield from _walk(child, (*path, index))
+    else:
+        yield path, tree
+
+
+def _is_tensor(entry: Entry) -> bool:
+    return isinstance(entry.value, torch.Tensor)
+
+
+def _is_container(value: Any) -> bool:
+    return isinstance(value, Mapping | list | tuple)
+
+
+def _type_name(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -1,0 +1,340 @@
+"""torch optimizers: what their slots mean, reading them without a step, and writing them back exactly."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from polyckpt import optimizers, residue
+from polyckpt.adapter import OptimizerCapture, Restore, StoredOptimizer
+from polyckpt.adapters.torch import tensors
+from polyckpt.errors import Problem
+from polyckpt.leaves import Leaf
+from polyckpt.schema import ParameterGroup, to_number
+
+_ADAM_SLOTS = {"exp_avg": "first_moment", "exp_avg_sq": "second_moment", "max_exp_avg_sq": "max_second_moment"}
+_ADAM_KEYS = {
+    "learning_rate": "lr",
+    "beta1": ("betas", 0),
+    "beta2": ("betas", 1),
+    "epsilon": "eps",
+    "weight_decay": "weight_decay",
+    "maximize": "maximize",
+}
+_COMMON_KEYS = {"learning_rate": "lr", "weight_decay": "weight_decay", "maximize": "maximize"}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """An optimizer class: family, slots as key -> meaning, hyperparameters as neutral name -> group key, conventions.
+
+    decay: how weight decay enters; None where a group says it itself (`decoupled_weight_decay`).
+    """
+
+    family: str
+    slots: Mapping[str, str]
+    keys: Mapping[str, str | tuple[str, int]]
+    conventions: Mapping[str, str] = field(default_factory=dict)
+    decay: str | None = "coupled"
+
+
+_ROWS: dict[str, Row] = {
+    "SGD": Row(
+        "sgd",
+        {"momentum_buffer": "momentum"},
+        {**_COMMON_KEYS, "momentum": "momentum", "dampening": "dampening", "nesterov": "nesterov"},
+        {"momentum": "unscaled"},
+    ),
+    "Adam": Row(
+        "adam", _ADAM_SLOTS, {**_ADAM_KEYS, "amsgrad": "amsgrad"}, {"epsilon": "outside_sqrt", "max_second_moment": "raw"}, None
+    ),
+    "NAdam": Row(
+        "nadam",
+        {**_ADAM_SLOTS, "mu_product": "momentum_product"},
+        {**_ADAM_KEYS, "momentum_decay": "momentum_decay"},
+        {"epsilon": "outside_sqrt", "momentum_schedule": "decaying"},
+        None,
+    ),
+    "RAdam": Row("radam", _ADAM_SLOTS, _ADAM_KEYS, {"epsilon": "before_bias_correction"}, None),
+    "SparseAdam": Row("sparse_adam", _ADAM_SLOTS, _ADAM_KEYS, {"epsilon": "before_bias_correction"}),
+    "Adamax": Row("adamax", {"exp_avg": "first_moment", "exp_inf": "infinity_norm"}, _ADAM_KEYS, {"epsilon": "in_norm"}),
+    "Adadelta": Row(
+        "adadelta",
+        {"square_avg": "second_moment", "acc_delta": "squared_update"},
+        {**_COMMON_KEYS, "rho": "rho", "epsilon": "eps"},
+        {"epsilon": "inside_sqrt"},
+    ),
+    "Adagrad": Row(
+        "adagrad",
+        {"sum": "squared_sum"},
+        {
+            **_COMMON_KEYS,
+            "epsilon": "eps",
+            "learning_rate_decay": "lr_decay",
+            "initial_accumulator": "initial_accumulator_value",
+        },
+        {"epsilon": "outside_sqrt"},
+    ),
+    "RMSprop": Row(
+        "rmsprop",
+        {"square_avg": "second_moment", "momentum_buffer": "momentum", "grad_avg": "first_moment"},
+        {**_COMMON_KEYS, "rho": "alpha", "epsilon": "eps", "momentum": "momentum", "centered": "centered"},
+        {"epsilon": "outside_sqrt", "momentum": "unscaled"},
+    ),
+    "Rprop": Row(
+        "rprop", {"prev": "previous_gradient", "step_size": "step_size"}, {"learning_rate": "lr", "maximize": "maximize"}
+    ),
+    "ASGD": Row("asgd", {"ax": "parameter_average", "eta": "schedule", "mu": "schedule"}, _COMMON_KEYS),
+    "Adafactor": Row(
+        "adafactor",
+        {"row_var": "row_second_moment", "col_var": "column_second_moment", "variance": "second_moment"},
+        {
+            **_COMMON_KEYS,
+            "beta2_decay": "beta2_decay",
+            "epsilon": ("eps", 0),
+            "epsilon2": ("eps", 1),
+            "clip_threshold": "d",
+        },
+        decay="decoupled",
+    ),
+    "Muon": Row(
+        "muon",
+        {"momentum_buffer": "momentum"},
+        {**_COMMON_KEYS, "momentum": "momentum", "nesterov": "nesterov", "epsilon": "eps"},
+        decay="decoupled",
+    ),
+    "LBFGS": Row("lbfgs", {}, {"learning_rate": "lr"}),
+}
+_ROWS["AdamW"] = _ROWS["Adam"]
+
+
+def capture(optimizer: torch.optim.Optimizer, parameters: Sequence[tuple[str, Any]]) -> OptimizerCapture:
+    """Describe an optimizer as it stands: nothing is stepped, and a parameter without state is stored as having none."""
+    names = _names(optimizer, parameters)
+    state_dict = optimizer.state_dict()
+    slots: dict[str, dict[str, Leaf]] = {}
+    values: dict[str, dict[Any, Any]] = {}
+    shared: dict[Any, Any] = {}
+    for key, state in state_dict["state"].items():
+        if not isinstance(key, int) or key >= len(names):
+            shared[key] = state
+            continue
+        for slot, value in state.items():
+            if isinstance(value, torch.Tensor) and isinstance(slot, str):
+                slots.setdefault(slot, {})[names[key]] = tensors.leaf(value, f"optimizer: {slot} of {names[key]}")
+            else:
+                values.setdefault(names[key], {})[slot] = value
+    row = _row(optimizer)
+    return OptimizerCapture(
+        type=_type_name(optimizer),
+        family=row.family if row else optimizers.CUSTOM,
+        slots=slots,
+        meanings={slot: "step" if slot == "step" else row.slots.get(slot, optimizers.CUSTOM) for slot in slots} if row else {},
+        groups=_describe_groups(optimizer, names, row, {name for name, _ in parameters}),
+        conventions=_conventions(optimizer, row),
+        step=_step(optimizer),
+        native={
+            "groups": _named_groups(state_dict, names),
+            "shapes": {name: list(parameter.shape) for name, parameter in zip(names, _flat(optimizer), strict=True)},
+            "values": values,
+            "shared": shared,
+            "other": {key: value for key, value in state_dict.items() if key not in ("state", "param_groups")},
+        },
+        learning_rate=_learning_rate(optimizer),
+    )
+
+
+def prepare(
+    optimizer: torch.optim.Optimizer, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]], section: str
+) -> Restore:
+    """Compare an optimizer with a stored one by the names of parameters, not by their position."""
+    names = _names(optimizer, parameters)
+    problems = list(_problems(optimizer, stored, names, section))
+    unfit = {problem.name for problem in problems}
+
+    def apply() -> torch.optim.Optimizer:
+        if _TYPE not in unfit and _GROUPS not in unfit:
+            _write(optimizer, stored, names, unfit)
+        return optimizer
+
+    slots = [tensor for entries in stored.slots.values() for tensor in entries.values()]
+    return Restore(apply=apply, problems=problems, tensors=[*slots, *residue.tensors(stored.native)])
+
+
+def capture_tree(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer as one tree, for where it stands beside the main one; parameters go by their position."""
+    captured = capture(optimizer, [])
+    return {
+        "type": captured.type,
+        "slots": {slot: dict(entries) for slot, entries in captured.slots.items()},
+        "native": captured.native,
+    }
+
+
+def prepare_tree(optimizer: torch.optim.Optimizer, tree: Mapping[str, Any], path: str) -> Restore:
+    """The counterpart of `capture_tree`."""
+    slots = {slot: {name: ref.stored for name, ref in entries.items()} for slot, entries in tree["slots"].items()}
+    return prepare(optimizer, StoredOptimizer(type=tree["type"], slots=slots, native=tree["native"]), [], path)
+
+
+_TYPE = "class"
+_GROUPS = "parameter groups"
+
+
+def _problems(
+    optimizer: torch.optim.Optimizer, stored: StoredOptimizer, names: Sequence[str], section: str
+) -> Iterator[Problem]:
+    if stored.type.rpartition(".")[2] != type(optimizer).__qualname__.rpartition(".")[2]:
+        yield Problem("value", section, _TYPE, stored=stored.type, live=_type_name(optimizer))
+        return
+    groups = stored.native["groups"]
+    if len(groups) != len(optimizer.param_groups):
+        yield Problem("value", section, _GROUPS, stored=str(len(groups)), live=str(len(optimizer.param_groups)))
+        return
+    position = 0
+    for index, (saved, live) in enumerate(zip(groups, optimizer.param_groups, strict=True)):
+        inside = names[position : position + len(live["params"])]
+        position += len(inside)
+        for name in inside:
+            if name not in saved["params"]:
+                yield Problem("missing", section, name, stored=f"it not in group {index}", live=f"it in group {index}")
+        for name in saved["params"]:
+            if name not in inside:
+                yield Problem("unexpected", section, name, stored=f"it in group {index}", live=f"it not in group {index}")
+    shapes = stored.native["shapes"]
+    for name, parameter in zip(names, _flat(optimizer), strict=True):
+        if name in shapes and shapes[name] != list(parameter.shape):
+            yield Problem("shape", section, name, stored=str(shapes[name]), live=str(list(parameter.shape)))
+    for slot, entries in stored.slots.items():
+        for name, tensor in entries.items():
+            if not tensors.loadable(tensor):
+                yield Problem("dtype", section, f"{slot} of {name}", stored=str(tensor), live="no such type in torch")
+
+
+def _write(optimizer: torch.optim.Optimizer, stored: StoredOptimizer, names: Sequence[str], unfit: set[str]) -> None:
+    index_of = {name: index for index, name in enumerate(names) if name not in unfit}
+    state: dict[Any, dict[Any, Any]] = {}
+    exact: dict[tuple[int, str], torch.Tensor] = {}
+    copies: dict[int, torch.Tensor] = {}
+    for slot, entries in stored.slots.items():
+        for name, tensor in entries.items():
+            if name in index_of:
+                # One stored tensor in several places was one live tensor, which an in-place update reaches through all.
+                value = (
+                    copies.setdefault(id(tensor), tensors.copied(tensor)) if id(tensor) not in copies else copies[id(tensor)]
+                )
+                state.setdefault(index_of[name], {})[slot] = exact[index_of[name], slot] = value
+    for name, values in stored.native["values"].items():
+        if name in index_of:
+            state.setdefault(index_of[name], {}).update(residue.live(values))
+    before = [dict(group) for group in optimizer.param_groups]
+    groups, position = [], 0
+    for saved, live in zip(stored.native["groups"], before, strict=True):
+        count = len(live["params"])
+        groups.append(
+            {
+                **live,
+                **residue.live({key: value for key, value in saved.items() if key != "params"}),
+                "params": list(range(position, position + count)),
+            }
+        )
+        position += count
+    shared = residue.live(stored.native["shared"])
+    optimizer.load_state_dict({**residue.live(stored.native["other"]), "state": {**state, **shared}, "param_groups": groups})
+    _undo_casts(optimizer, exact)
+    _keep_tensor_hyperparameters(optimizer, before)
+
+
+def _undo_casts(optimizer: torch.optim.Optimizer, exact: Mapping[tuple[int, str], torch.Tensor]) -> None:
+    """Give slots back the type they had: load_state_dict casts floating ones to the type of the parameter."""
+    moved: dict[tuple[int, torch.device], torch.Tensor] = {}
+    parameters = _flat(optimizer)
+    for (index, slot), tensor in exact.items():
+        loaded = optimizer.state[parameters[index]].get(slot)
+        # Where load_state_dict put it is right (a capturable step on the device), what it made of it is not.
+        if isinstance(loaded, torch.Tensor) and loaded.shape == tensor.shape:
+            place = (id(tensor), loaded.device)
+            optimizer.state[parameters[index]][slot] = moved.setdefault(place, tensor.to(loaded.device))
+
+
+def _keep_tensor_hyperparameters(optimizer: torch.optim.Optimizer, before: Sequence[Mapping[str, Any]]) -> None:
+    """A learning rate that is a tensor keeps its identity: compiled steps and graphs hold on to it."""
+    with torch.no_grad():
+        for group, old in zip(optimizer.param_groups, before, strict=True):
+            for key, value in old.items():
+                new = group[key]
+                if isinstance(value, torch.Tensor) and isinstance(new, torch.Tensor) and value.shape == new.shape:
+                    group[key] = value.copy_(new)
+
+
+def _flat(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def _names(optimizer: torch.optim.Optimizer, parameters: Sequence[tuple[str, Any]]) -> list[str]:
+    """The name of each parameter in the order of the groups: that of the model's weight, else its place."""
+    known = {id(parameter): name for name, parameter in parameters}
+    return [
+        known.get(id(parameter), f"group {index}, parameter {place}")
+        for index, group in enumerate(optimizer.param_groups)
+        for place, parameter in enumerate(group["params"])
+    ]
+
+
+def _named_groups(state_dict: Mapping[str, Any], names: Sequence[str]) -> list[dict[str, Any]]:
+    return [{**group, "params": [names[index] for index in group["params"]]} for group in state_dict["param_groups"]]
+
+
+def _row(optimizer: torch.optim.Optimizer) -> Row | None:
+    """The row of the torch.optim class whose `step` runs; a subclass that replaces it may mean anything."""
+    step: Callable[..., Any] = type(optimizer).step
+    if not step.__module__.startswith("torch.optim."):
+        return None
+    return next((_ROWS[kind.__name__] for kind in type(optimizer).__mro__ if kind.__name__ in _ROWS), None)
+
+
+def _describe_groups(
+    optimizer: torch.optim.Optimizer, names: Sequence[str], row: Row | None, weights: set[str]
+) -> list[ParameterGroup]:
+    described, position = [], 0
+    for group in optimizer.param_groups:
+        inside = names[position : position + len(group["params"])]
+        position += len(inside)
+        values = {name: _pick(group, key) for name, key in (row.keys if row else {}).items()}
+        hyperparameters = {name: to_number(value) for name, value in values.items() if value is not None}
+        described.append(
+            ParameterGroup(parameters=tuple(name for name in inside if name in weights), hyperparameters=hyperparameters)
+        )
+    return described
+
+
+def _pick(group: Mapping[str, Any], key: str | tuple[str, int]) -> Any:
+    value = group.get(key) if isinstance(key, str) else group.get(key[0], (None, None))[key[1]]
+    return value.item() if isinstance(value, torch.Tensor) else value
+
+
+def _conventions(optimizer: torch.optim.Optimizer, row: Row | None) -> dict[str, str]:
+    if row is None:
+        return {}
+    # decoupled_weight_decay is per group in torch; groups that differ are told apart in the native residue alone.
+    decoupled = {bool(group.get("decoupled_weight_decay", False)) for group in optimizer.param_groups}
+    decay = row.decay or ("decoupled" if decoupled == {True} else "coupled")
+    return {**row.conventions, **({"weight_decay": decay} if "weight_decay" in row.keys and len(decoupled) == 1 else {})}
+
+
+def _step(optimizer: torch.optim.Optimizer) -> int | None:
+    """Completed updates where all parameters that have a count agree."""
+    steps = {int(state["step"]) for state in optimizer.state.values() if isinstance(state, dict) and "step" in state}
+    return steps.pop() if len(steps) == 1 else None
+
+
+def _learning_rate(optimizer: torch.optim.Optimizer) -> float | tuple[float, ...] | None:
+    rates = tuple(float(group["lr"]) for group in optimizer.param_groups if "lr" in group)
+    return rates[0] if len(rates) == 1 else rates or None
+
+
+def _type_name(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"

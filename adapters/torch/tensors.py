@@ -1,0 +1,86 @@
+"""torch tensors to leaves and back, bit for bit."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch.nn.parameter import UninitializedTensorMixin
+
+from polyckpt.checkpoint import StoredTensor
+from polyckpt.dtypes import DTYPES
+from polyckpt.errors import UnsupportedError
+from polyckpt.leaves import Leaf
+
+KIND = "torch"
+
+DTYPE_NAMES: dict[torch.dtype, str] = {
+    dtype: name for name in DTYPES if isinstance(dtype := getattr(torch, name, None), torch.dtype)
+}
+"""torch's element types that the format holds, by their neutral name (the two vocabularies agree)."""
+
+# torch names these too, but has neither a view nor a copy of them.
+for _name in ("int2", "int4", "uint2", "uint4"):
+    DTYPE_NAMES.pop(getattr(torch, _name, None), None)  # type: ignore[arg-type]
+
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
+
+
+def leaf(tensor: torch.Tensor, what: str) -> Leaf:
+    """The leaf of any dense tensor on any device; tensors that view the same memory alike have one identity.
+
+    Raises UnsupportedError, naming `what`, for a tensor that has no dense values of its own to store.
+    """
+    if reason := _unsupported(tensor):
+        raise UnsupportedError(f"{what}: {reason}")
+    identity = None
+    if tensor.numel():
+        place = (str(tensor.device), tensor.data_ptr(), tensor.is_conj(), tensor.is_neg())
+        identity = (*place, tuple(tensor.shape), tensor.stride())
+
+    def read() -> np.ndarray:
+        values = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
+        return values.reshape(-1).view(torch.uint8).numpy()
+
+    return Leaf(dtype=DTYPE_NAMES[tensor.dtype], shape=tuple(tensor.shape), read=read, identity=identity, kind=KIND)
+
+
+def mapped(stored: StoredTensor) -> torch.Tensor:
+    """A stored tensor as a CPU tensor over the file's private map: to be copied from, not kept."""
+    return torch.from_numpy(stored.raw()).view(_DTYPES[stored.dtype]).reshape(stored.shape)
+
+
+def copied(stored: StoredTensor) -> torch.Tensor:
+    """A stored tensor as a new CPU tensor of its own."""
+    return mapped(stored).clone()
+
+
+def loadable(stored: StoredTensor) -> bool:
+    """Whether torch has the element type."""
+    return stored.dtype in _DTYPES
+
+
+def show(tensor: torch.Tensor) -> str:
+    """A live tensor as errors show it: `float32[2, 3]`."""
+    return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def _unsupported(tensor: torch.Tensor) -> str | None:
+    kind = type(tensor)
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    if isinstance(tensor, UninitializedTensorMixin):
+        return "a lazy parameter without a shape yet: run one forward pass first"
+    if name.startswith("torch.distributed.tensor"):
+        return "a DTensor, which holds one process's shard: save full_tensor() of it"
+    if kind.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return f"a {name}, a tensor subclass whose values only its own code can read: convert it to a plain tensor"
+    if tensor.is_meta:
+        return "a tensor on the meta device, which holds no values: materialise it first"
+    if tensor.is_quantized:
+        return f"a quantized tensor ({tensor.dtype}): save int_repr(), scale and zero point instead"
+    if tensor.layout != torch.strided:
+        return f"a tensor of layout {tensor.layout}: only dense ones are stored; save to_dense() of it"
+    if tensor.is_nested:
+        return "a nested tensor: save its parts"
+    if tensor.dtype not in DTYPE_NAMES:
+        return f"element type {tensor.dtype} is not part of the format: view it as an integer type of the same size"
+    return None
