@@ -307,8 +307,8 @@ def _decode_native(checkpoint: Checkpoint) -> dict[str, Any]:
 
     native = residue.decode(checkpoint.manifest.native, residue.Decoders(tensor=tensor, constant=constant))
     entries = [*(native.get("extra") or {}).values(), native.get("scheduler")]
-    if not all(entry is None or (isinstance(entry, dict) and {"adapter", "kind", "state"} <= set(entry)) for entry in entries):
-        raise CorruptError(f"{checkpoint.path}: native: an entry of extra or scheduler lacks adapter, kind or state")
+    if not all(entry is None or (isinstance(entry, dict) and {"adapter", "kind", "type", "state"} <= set(entry)) for entry in entries):
+        raise CorruptError(f"{checkpoint.path}: native: an entry of extra or scheduler lacks adapter, kind, type or state")
     return native
 
 

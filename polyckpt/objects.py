@@ -15,16 +15,16 @@ STATE_DICT = "state_dict"
 
 
 def capture(value: Any, path: str) -> dict[str, Any]:
-    """A tree entry {adapter, kind, state} of any object or value. Raises UnsupportedError for a function or a class."""
+    """A tree entry {adapter, kind, type, state} of any object or value. Raises UnsupportedError for a function or a class."""
     if callable(value) and not hasattr(value, "state_dict") and registry.by_class(value) is None:
         raise UnsupportedError(f"{path}: {value!r} holds no state that could be saved; rebuild it in code and leave it out")
     adapter = registry.find(value)
     if adapter and (captured := adapter.capture_object(value)):
         kind, state = captured
-        return {"adapter": adapter.name, "kind": kind, "state": state}
+        return {"adapter": adapter.name, "kind": kind, "type": _type_name(value), "state": state}
     if _has_state_dict(value):
-        return {"adapter": None, "kind": STATE_DICT, "state": value.state_dict()}
-    return {"adapter": None, "kind": VALUE, "state": value}
+        return {"adapter": None, "kind": STATE_DICT, "type": _type_name(value), "state": value.state_dict()}
+    return {"adapter": None, "kind": VALUE, "type": _type_name(value), "state": value}
 
 
 def prepare(live: Any, entry: dict[str, Any], path: str) -> Restore:
@@ -35,7 +35,10 @@ def prepare(live: Any, entry: dict[str, Any], path: str) -> Restore:
         return Restore(apply=lambda: residue.live(state), tensors=tensors)
     if kind == STATE_DICT:
         if not _has_state_dict(live):
-            return _refused(live, path, "the state of an object with load_state_dict()")
+            return _refused(live, path, f"the state of a {entry['type']}")
+        # Many load_state_dict() take anything; a module moved to another file is still the same class.
+        if entry["type"].rpartition(".")[2] != type(live).__name__:
+            return _refused(live, path, f"the state of a {entry['type']}")
         return _prepare_state_dict(live, state, path)
     adapter = registry.find(live)
     if adapter is None or adapter.name != owner:
@@ -65,6 +68,10 @@ def _refused(live: Any, path: str, stored: str) -> Restore:
     section, _, name = path.partition(" ")
     problem = Problem("value", section, name or section, stored=stored, live=f"a {type(live).__name__}")
     return Restore(apply=lambda: live, problems=[problem])
+
+
+def _type_name(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _has_state_dict(value: Any) -> bool:

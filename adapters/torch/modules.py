@@ -76,19 +76,17 @@ def prepare(model: Any, stored: StoredModel, section: str) -> Restore:
     unfit = {problem.name for problem in problems}
 
     def apply() -> Any:
-        fitting = {
-            entry.key: tensors.mapped(stored.weights[name])
-            for name, entry in live.items()
-            if name in stored.weights and name not in unfit
-        }
+        fitting = [name for name in live if name in stored.weights and name not in unfit]
+        plain = {live[name].key: tensors.mapped(stored.weights[name]) for name in fitting if not _expanded(live[name].value)}
         values = {live[name].key: residue.live(value) for name, value in others.items() if name not in unfit}
+        by_hand = fitting
         if isinstance(model, nn.Module):
-            _load_module(model, {**fitting, **values}, stored)
-        else:
-            with torch.no_grad():
-                for entry in live.values():
-                    if entry.key in fitting:
-                        entry.value.copy_(fitting[entry.key])
+            _load_module(model, {**plain, **values}, stored)
+            by_hand = [name for name in fitting if live[name].key not in plain]
+        with torch.no_grad():
+            for name in by_hand:
+                # Writing one element of an expanded axis writes them all.
+                _once(live[name].value).copy_(_once(live[name].value, tensors.mapped(stored.weights[name])))
         return model
 
     needed = [stored.weights[name] for name in live if name in stored.weights]
@@ -130,9 +128,31 @@ def _problems(
                 yield Problem(
                     "value", section, name, stored=f"values of its own, not those of {first}", live=f"one tensor with {first}"
                 )
+            elif _expanded(entry.value) and not _repeats(tensors.mapped(stored), entry.value):
+                yield Problem(
+                    "value", section, name, stored=f"{stored} of distinct values", live=f"{shown} that repeats (expanded)"
+                )
     for name in [*weights, *others]:
         if name not in live:
             yield Problem("unexpected", section, name, stored=str(weights.get(name, "a value")))
+
+
+def _expanded(tensor: torch.Tensor) -> bool:
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+
+
+def _once(live: torch.Tensor, values: torch.Tensor | None = None) -> torch.Tensor:
+    """`values` (by default `live` itself) with one element of each axis along which `live` repeats itself."""
+    values = live if values is None else values
+    for axis, (stride, size) in enumerate(zip(live.stride(), live.shape, strict=True)):
+        values = values.narrow(axis, 0, 1) if stride == 0 and size > 1 else values
+    return values
+
+
+def _repeats(values: torch.Tensor, live: torch.Tensor) -> bool:
+    """Whether `values` are the same, bit for bit, along every axis along which `live` repeats itself."""
+    repeated = _once(live, values).expand_as(values).contiguous()
+    return torch.equal(repeated.reshape(-1).view(torch.uint8), values.reshape(-1).view(torch.uint8))
 
 
 def _native(model: Any, found: Mapping[str, Entry]) -> dict[str, Any]:
