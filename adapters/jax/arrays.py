@@ -1,0 +1,218 @@
+"""Arrays, PRNG keys and other leaves of pytrees: what is stored of one, what a template asks for, and making it anew."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from polyckpt.checkpoint import StoredTensor
+from polyckpt.dtypes import lookup
+from polyckpt.errors import Problem, UnsupportedError
+from polyckpt.leaves import Leaf, array_leaf
+
+PYTHON = (bool, int, float, complex, str, bytes)
+"""Types of leaves that are stored as they are."""
+
+_ZEROS: dict[str, Any] = {"f": 0.0, "i": 0, "c": 0j}
+_NUMBERS: dict[type, Any] = {bool: np.bool_, int: np.integer, float: np.floating, complex: np.complexfloating}
+
+
+def is_key(value: Any) -> bool:
+    """Whether an array, or a ShapeDtypeStruct, is one of typed PRNG keys."""
+    return jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+
+
+def is_array(value: Any) -> bool:
+    """Whether a leaf is an array or stands for one."""
+    return isinstance(value, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic)
+
+
+def is_static(value: Any) -> bool:
+    """Whether a leaf is structure (a function, a class, a dtype), which a template has and a checkpoint does not."""
+    return callable(value) or isinstance(value, np.dtype)
+
+
+def is_weak(array: jax.Array) -> bool:
+    """Whether an array promotes as a Python number does. Only types that a Python number becomes can be made weak again."""
+    zero = _ZEROS.get(np.dtype(array.dtype).kind)
+    return bool(array.aval.weak_type) and zero is not None and array.dtype == jnp.result_type(zero)
+
+
+def impl_name(keys: Any) -> str:
+    """The name of the random number generator of typed keys, or of a ShapeDtypeStruct of some."""
+    found: list[Any] = []
+    jax.eval_shape(lambda each: found.append(jax.random.key_impl(each)), keys)  # key_impl itself refuses abstract keys
+    return str(found[0])
+
+
+def leaf(value: Any, name: str) -> Leaf:
+    """The Leaf of an array of JAX or NumPy. Raises UnsupportedError, naming it, for one whose values are not at hand."""
+    if not isinstance(value, jax.Array):
+        if isinstance(value, jax.ShapeDtypeStruct):
+            raise UnsupportedError(f"{name}: {value} has no values: it can be a template for load, but cannot be saved")
+        try:
+            return array_leaf(np.asarray(value), "numpy.scalar" if isinstance(value, np.generic) else "numpy")
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{name}: {error}") from error
+    check_concrete(value, name)
+    if value.is_deleted():
+        raise UnsupportedError(
+            f"{name}: the array was deleted: it was donated to a jitted function (donate_argnums). Save what that returned"
+        )
+    if not is_key(value):
+        kind = "jax.weak" if is_weak(value) else "jax"
+        return Leaf(value.dtype.name, value.shape, lambda: _host(value), identity=id(value), kind=kind)
+    data = jax.eval_shape(jax.random.key_data, value)
+    kind = f"jax.key:{impl_name(value)}"
+    return Leaf(data.dtype.name, data.shape, lambda: _host(jax.random.key_data(value)), identity=id(value), kind=kind)
+
+
+def check_concrete(value: Any, name: str) -> None:
+    """Raises UnsupportedError for a tracer and for an array that this process does not hold whole."""
+    if isinstance(value, jax.core.Tracer):
+        raise UnsupportedError(
+            f"{name}: a tracer has no values: save and load were called inside a function under jit, grad, vmap or scan. "
+            "Call them outside"
+        )
+    sharding = getattr(value, "sharding", None)
+    if sharding is not None and not sharding.is_fully_addressable:
+        raise UnsupportedError(
+            f"{name}: {value.dtype.name}{list(value.shape)} lies on devices of several processes ({sharding}); each process "
+            "can reach its own alone. Gather it on every process first (jax.experimental.multihost_utils.process_allgather)"
+        )
+
+
+def _host(array: jax.Array) -> np.ndarray:
+    # np.asarray(array) would keep its copy on the host as long as the array lives; that of a shard goes with the shard.
+    if array.is_fully_replicated:
+        return np.ascontiguousarray(array.addressable_data(0))
+    whole = np.empty(array.shape, array.dtype)
+    for shard in array.addressable_shards:
+        if shard.replica_id == 0:
+            whole[shard.index] = np.asarray(shard.data)
+    return whole
+
+
+def show(value: Any) -> str:
+    """A live leaf for people."""
+    if not is_array(value):
+        return f"{value!r:.60} (Python {type(value).__name__})"
+    name = (
+        f"key<{impl_name(value)}>"
+        if isinstance(value, jax.Array | jax.ShapeDtypeStruct) and is_key(value)
+        else value.dtype.name
+    )
+    return f"{name}{list(value.shape)}"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """One stored leaf: a `tensor`, or a Python `value`. impl: of typed keys; weak: whether its type is."""
+
+    tensor: StoredTensor | None = None
+    value: Any = None
+    impl: str | None = None
+    weak: bool = False
+
+    def __str__(self) -> str:
+        if self.tensor is None:
+            return show(self.value)
+        return f"key<{self.impl}> of {self.tensor}" if self.impl else str(self.tensor)
+
+
+def mismatch(live: Any, stored: Stored, section: str, name: str) -> Problem | None:
+    """What keeps a stored leaf from standing where `live` stands in the template."""
+
+    def problem(kind: Any, note: str = "") -> Problem:
+        return Problem(kind, section, name, stored=str(stored), live=show(live) + note)
+
+    if stored.tensor is None or not is_array(live):
+        return None if _same_number(live, stored) and not _narrowed(stored) else problem("dtype")
+    check_concrete(live, name)
+    expected = live
+    if isinstance(live, jax.Array | jax.ShapeDtypeStruct):
+        if (impl_name(live) if is_key(live) else None) != stored.impl:
+            return problem("dtype")
+        if _narrowed(stored):
+            return problem("dtype", " (jax_enable_x64 is off: JAX would truncate it)")
+        expected = jax.eval_shape(jax.random.key_data, live) if is_key(live) else live
+    if stored.tensor.shape != expected.shape:
+        return problem("shape")
+    return problem("dtype") if stored.tensor.dtype != expected.dtype.name else None
+
+
+def _same_number(live: Any, stored: Stored) -> bool:
+    """Whether one of them is a Python value and the other is of its type, or the 0-d array that updating it makes.
+
+    Counters and sums begin as Python numbers and are arrays after the first jitted step: what was stored is what the run held.
+    """
+    if stored.tensor is None and not is_array(live):
+        return type(live) is type(stored.value)
+    if stored.tensor is None:
+        python, dtype, shape = type(stored.value), live.dtype, live.shape
+    else:
+        python, dtype, shape = type(live), _numpy_dtype(stored.tensor), stored.tensor.shape
+    return python in _NUMBERS and stored.impl is None and shape == () and jnp.issubdtype(dtype, _NUMBERS[python])
+
+
+def _narrowed(stored: Stored) -> bool:
+    """Whether JAX, as it is set, would cast a stored tensor to a narrower type."""
+    return stored.tensor is not None and narrows(stored.tensor)
+
+
+def narrows(tensor: StoredTensor) -> bool:
+    """Whether JAX, as it is set, would cast `tensor` to a narrower type."""
+    dtype = _numpy_dtype(tensor)
+    return bool(jax.dtypes.canonicalize_dtype(dtype) != dtype)
+
+
+def _numpy_dtype(tensor: StoredTensor) -> np.dtype:
+    return lookup(tensor.dtype, tensor.name).numpy
+
+
+def make(live: Any, stored: Stored) -> Any:
+    """The new leaf for the place of `live`: on its devices, of its framework, sharing no memory with the file."""
+    if stored.tensor is None:
+        return stored.value
+    if isinstance(live, np.ndarray):
+        return stored.tensor.numpy().copy()
+    if isinstance(live, np.generic):
+        return stored.tensor.numpy().copy()[()]
+    return placed(stored.tensor.numpy(), sharding(live), impl=stored.impl, weak=stored.weak)
+
+
+def sharding(live: Any) -> jax.sharding.Sharding | None:
+    """Where the new array for the place of `live` belongs; None leaves JAX free to move it, as it was."""
+    if isinstance(live, jax.ShapeDtypeStruct):
+        return live.sharding
+    return live.sharding if isinstance(live, jax.Array) and live.committed else None
+
+
+def placed(host: np.ndarray, where: jax.sharding.Sharding | None, *, impl: str | None = None, weak: bool = False) -> jax.Array:
+    """A JAX array of its own with the bits of `host`."""
+    if impl is not None:
+        keys = jax.random.wrap_key_data(jax.device_put(host, may_alias=False), impl=impl)
+        return keys if where is None else jax.device_put(keys, where)
+    if where is None or len(where.device_set) == 1:
+        # On a CPU device_put would otherwise alias the map of the file.
+        array = jax.device_put(host, where, may_alias=False)
+    else:
+        # Over several devices device_put aliases in spite of may_alias=False.
+        array = jax.make_array_from_callback(host.shape, where, lambda index: host[index].copy())
+    if not weak:
+        return array
+    # The one public operation that gives all bits of an array to a weakly typed one of any shape.
+    array = jnp.full(array.shape, _ZEROS[host.dtype.kind]).at[...].set(array)
+    return array if where is None else jax.device_put(array, where)
+
+
+def stored_leaves(tensors: Mapping[str, StoredTensor], native: Mapping[str, Any]) -> dict[str, Stored]:
+    """What is stored of a tree by name, from its tensors and what `trees.capture` put into `native`."""
+    weak, impls = set(native.get("weak", ())), native.get("keys", {})
+    found = {name: Stored(tensor, impl=impls.get(name), weak=name in weak) for name, tensor in tensors.items()}
+    return {**found, **{name: Stored(value=value) for name, value in native.get("values", {}).items()}}

@@ -1,0 +1,323 @@
+"""optax states, alone or in a flax TrainState or nnx.Optimizer: which leaves belong to which weight, and what they hold.
+
+The classes of a state do not say which optimizer it is of (that of Adam serves six), nor its hyperparameters unless they are
+injected. What they leave open is "custom" here; `native["states"]` keeps the classes for a caller who knows more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from polyckpt import names, optimizers
+from polyckpt.adapter import ModelCapture, OptimizerCapture, Restore, StoredOptimizer
+from polyckpt.adapters.jax import arrays, trees
+from polyckpt.adapters.jax.layers import type_name
+from polyckpt.adapters.jax.trees import Entry
+from polyckpt.leaves import Leaf
+from polyckpt.schema import ParameterGroup, to_number
+
+
+class Carried(NamedTuple):
+    """What a train state carries of its optimizer."""
+
+    opt_state: Any
+    step: Any
+
+
+_MEANINGS: dict[tuple[str, str], str] = {
+    # Adamax and Yogi keep something else than Adam in `nu`.
+    ("ScaleByAdamState", "mu"): "first_moment",
+    ("ScaleByAmsgradState", "mu"): "first_moment",
+    ("ScaleByAmsgradState", "nu"): "second_moment",
+    ("ScaleByAmsgradState", "nu_max"): "max_second_moment",
+    ("ScaleByBeliefState", "mu"): "first_moment",
+    ("ScaleByLionState", "mu"): "first_moment",
+    ("MuonState", "mu"): "first_moment",
+    ("ScaleByRmsState", "nu"): "second_moment",
+    ("ScaleByRmsWithCountState", "nu"): "second_moment",
+    ("ScaleByRStdDevState", "mu"): "first_moment",
+    ("ScaleByRStdDevState", "nu"): "second_moment",
+    ("ScaleByRStdDevWithCountState", "mu"): "first_moment",
+    ("ScaleByRStdDevWithCountState", "nu"): "second_moment",
+    ("ScaleByRssState", "sum_of_squares"): "squared_sum",
+    ("ScaleByAdaDeltaState", "e_g"): "second_moment",
+    ("ScaleByAdaDeltaState", "e_x"): "squared_update",
+    ("FactoredState", "v"): "second_moment",
+    ("ScaleByRpropState", "step_sizes"): "step_size",
+    ("TraceState", "trace"): "momentum",
+    ("MultiStepsState", "acc_grads"): "gradient_accumulator",
+    ("ApplyEvery", "grad_acc"): "gradient_accumulator",
+}
+"""State class and field -> what it holds in every optimizer that has this state."""
+
+_FACTORED = {("FactoredState", "v_row"), ("FactoredState", "v_col"), ("FactoredState", "v")}
+"""Slots whose tensors may have another shape than their parameter."""
+
+_STEPS = {
+    *(
+        (name, "count")
+        for name in (
+            "ScaleByAdamState",
+            "ScaleByAmsgradState",
+            "ScaleByBeliefState",
+            "ScaleByLionState",
+            "ScaleByNovogradState",
+            "ScaleByRmsWithCountState",
+            "ScaleByRStdDevWithCountState",
+            "ScaleByScheduleState",
+            "FactoredState",
+            "MuonState",
+            "EmaState",
+            "InjectHyperparamsState",
+            "InjectStatefulHyperparamsState",
+            "WrappedScheduleState",
+            "WeightDecaySchedule",
+        )
+    ),
+    ("ScaleByAdanState", "t"),
+    ("MultiStepsState", "gradient_step"),
+}
+"""Fields that count completed updates."""
+
+_FAMILIES = {
+    "ScaleByAmsgradState": "adam",
+    "ScaleByLionState": "lion",
+    "MuonState": "muon",
+    "ScaleByRmsState": "rmsprop",
+    "ScaleByRmsWithCountState": "rmsprop",
+    "ScaleByRStdDevState": "rmsprop",
+    "ScaleByRStdDevWithCountState": "rmsprop",
+    "ScaleByRssState": "adagrad",
+    "ScaleByAdaDeltaState": "adadelta",
+    "FactoredState": "adafactor",
+    "ScaleByRpropState": "rprop",
+}
+"""States that one family alone has."""
+
+_HYPERPARAMETERS = {
+    "learning_rate": "learning_rate",
+    "b1": "beta1",
+    "b2": "beta2",
+    "eps": "epsilon",
+    "weight_decay": "weight_decay",
+    "momentum": "momentum",
+    "nesterov": "nesterov",
+    "rho": "rho",
+    "initial_accumulator_value": "initial_accumulator",
+}
+"""Arguments of optax's optimizers that mean the same in all of them -> neutral name."""
+
+_INJECTED = ("InjectHyperparamsState", "InjectStatefulHyperparamsState")
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A subtree that mirrors the parameters, or a leaf that does not: where, and the state class and field it stands in."""
+
+    path: tuple[Any, ...]
+    owner: tuple[str, str]
+    prefixes: frozenset[str] | None
+
+
+def capture(optimizer: Any, model: ModelCapture) -> OptimizerCapture:
+    """Describe an optimizer state over the weights of `model`."""
+    state, found, carried = _opened(optimizer)
+    shapes = {name: leaf.shape for name, leaf in model.weights.items()}
+    places, states = list(_places(state, (), ("", ""), shapes)), dict(_states(state, ()))
+    prefix = _prefix([place.prefixes for place in places if place.prefixes])
+    tensors, native = trees.capture(found, "optimizer")
+    slots: dict[str, dict[str, Leaf]] = {}
+    meanings: dict[str, str] = {}
+    for place in places:
+        slot = names.join(place.path)
+        for name, leaf in tensors.items():
+            if name == slot or name.startswith(f"{slot}/") or not slot:
+                within = name.removeprefix(slot).removeprefix("/")
+                slots.setdefault(slot, {})[_parameter(within, prefix) if place.prefixes else within] = leaf
+        if slot in slots:
+            meanings[slot] = _meaning(place.owner, slots[slot], shapes)
+    hyperparameters = {path: node for path, (kind, node) in states.items() if kind in _INJECTED}
+    groups = [_group(path, node, slots, model) for path, node in hyperparameters.items()]
+    rates = [group.hyperparameters["learning_rate"] for group in groups if "learning_rate" in group.hyperparameters]
+    return OptimizerCapture(
+        type=type_name(state if isinstance(optimizer, Carried) else optimizer),
+        family=_family([kind for kind, _ in states.values()], set(meanings.values())),
+        slots=slots,
+        meanings=meanings,
+        groups=groups,
+        step=_step(found, places, carried),
+        native={
+            **native,
+            "prefix": prefix,
+            "states": {names.join(path): kind for path, (kind, _) in states.items()},
+            "carried": trees.as_tree(carried, "optimizer") if carried else None,
+        },
+        learning_rate=float(rates[0]) if len(rates) == 1 else None,
+    )
+
+
+def prepare(optimizer: Any, stored: StoredOptimizer) -> Restore:
+    """Compare a live optimizer or state with a stored one, by the paths of their leaves."""
+    _, found, carried = _opened(optimizer)
+    prefix = stored.native["prefix"]
+    tensors = {
+        "/".join(filter(None, (slot, _within(parameter, prefix)))): tensor
+        for slot, each in stored.slots.items()
+        for parameter, tensor in each.items()
+    }
+    slots = trees.compare(found, arrays.stored_leaves(tensors, stored.native), "optimizer")
+    steps = trees.compare(carried, trees.from_tree(stored.native["carried"]), "optimizer")
+    return trees.restore(optimizer, [slots, steps])
+
+
+def _opened(optimizer: Any) -> tuple[Any, dict[str, Entry], dict[str, Entry]]:
+    """The optax state, its leaves by path in it, and the leaves that a train state or nnx.Optimizer has beside it."""
+    found = trees.entries(optimizer, "optimizer")
+    nnx = trees.nnx()
+    if not isinstance(optimizer, Carried) and not (nnx and isinstance(optimizer, nnx.Optimizer)):
+        return optimizer, found, {}
+    inside = {names.join(entry.path[1:]): entry for entry in found.values() if entry.path[0] == "opt_state"}
+    # nnx.ModelAndOptimizer holds the model too, which is saved as such.
+    beside = {name: entry for name, entry in found.items() if entry.path[0] not in ("opt_state", "model")}
+    return optimizer.opt_state, inside, beside
+
+
+def _fields(node: Any) -> list[tuple[Any, Any]]:
+    return [] if trees.is_variable(node) or not trees.is_node(node) else trees.children(node)
+
+
+def _places(
+    node: Any, path: tuple[Any, ...], owner: tuple[str, str], shapes: Mapping[str, tuple[int, ...]]
+) -> Iterator[_Place]:
+    below = _fields(node)
+    if not below:
+        single = owner in _MEANINGS and "" in shapes
+        yield _Place(path, owner, frozenset({""}) if single else None)
+        return
+    leaves = {names.join(entry.path): np.shape(entry.value) for entry in trees.entries(node, "optimizer").values()}
+    if leaves and (prefixes := _mirrored(leaves, shapes, factored=owner in _FACTORED)):
+        yield _Place(path, owner, prefixes)
+        return
+    for segment, child in below:
+        within = (type(node).__name__, str(segment)) if hasattr(node, "_fields") else ("", "")
+        yield from _places(child, (*path, segment), within, shapes)
+
+
+def _mirrored(
+    leaves: Mapping[str, tuple[int, ...]], shapes: Mapping[str, tuple[int, ...]], *, factored: bool
+) -> frozenset[str]:
+    """The prefixes P for which every leaf L has a weight P/L of its shape."""
+    first = next(iter(leaves))
+    candidates = {"": first} if first in shapes else {}
+    candidates |= {name.removesuffix(f"/{first}"): name for name in shapes if name.endswith(f"/{first}")}
+    return frozenset(
+        prefix
+        for prefix in candidates
+        if all(
+            (weight := _weight(leaf, prefix)) in shapes and (factored or shapes[weight] == shape)
+            for leaf, shape in leaves.items()
+        )
+    )
+
+
+def _weight(leaf: str, prefix: str) -> str:
+    return f"{prefix}/{leaf}" if prefix else leaf
+
+
+def _prefix(candidates: Sequence[frozenset[str]]) -> str | None:
+    """Where in the model the parameters are that all slots mirror, None where that is not clear.
+
+    "params" is what Flax calls them; copies beside them (an EMA) fit as well.
+    """
+    common = frozenset.intersection(*candidates) if candidates else frozenset()
+    if "params" in common:
+        return "params"
+    return next(iter(common)) if len(common) == 1 else None
+
+
+def _parameter(within: str, prefix: str | None) -> str:
+    return within if prefix is None else _weight(within, prefix) if within else prefix
+
+
+def _within(parameter: str, prefix: str | None) -> str:
+    return parameter.removeprefix(f"{prefix}/") if prefix else parameter
+
+
+def _states(node: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], tuple[str, Any]]]:
+    """Every optax state by path: the name of its class, and itself."""
+    if type(node).__module__.partition(".")[0] == "optax" and hasattr(node, "_fields"):
+        yield path, (type(node).__name__, node)
+    for segment, child in _fields(node):
+        yield from _states(child, (*path, segment))
+
+
+def _meaning(owner: tuple[str, str], slot: Mapping[str, Leaf], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    if owner in _STEPS:
+        return "step"
+    if owner[0] == "FactoredState" and owner[1] in ("v_row", "v_col"):
+        return _factored_meaning(slot, shapes)
+    return _MEANINGS.get(owner, optimizers.CUSTOM)
+
+
+def _factored_meaning(slot: Mapping[str, Leaf], shapes: Mapping[str, tuple[int, ...]]) -> str:
+    """optax averages over the larger of two axes in `v_row`, wherever it stands; the table over the last."""
+    found = set()
+    for name, leaf in slot.items():
+        shape = shapes.get(name, ())
+        if leaf.shape == (1,):  # not factored
+            continue
+        rows, columns = leaf.shape == shape[:-1], leaf.shape == (*shape[:-2], *shape[-1:])
+        found.add("row_second_moment" if rows and not columns else "column_second_moment" if columns and not rows else "")
+    return found.pop() if len(found) == 1 and found != {""} else optimizers.CUSTOM
+
+
+def _family(classes: Sequence[str], meanings: set[str]) -> str:
+    families = {_FAMILIES[name] for name in classes if name in _FAMILIES}
+    if len(families) != 1:
+        return optimizers.CUSTOM
+    family = families.pop()
+    # optax.contrib.muon hands what is no matrix to Adam.
+    others = {"ScaleByAdamState", "ScaleByBeliefState", "ScaleByNovogradState", "ScaleByAdanState", "ScaleBySM3State"}
+    if family == "muon":
+        others.discard("ScaleByAdamState")
+    known = optimizers.FAMILIES[family] | {"step", "gradient_accumulator", "parameter_average", optimizers.CUSTOM}
+    return family if not others & set(classes) and meanings <= known else optimizers.CUSTOM
+
+
+def _group(path: tuple[Any, ...], state: Any, slots: Mapping[str, Mapping[str, Leaf]], model: ModelCapture) -> ParameterGroup:
+    start = names.join((*path, "inner_state"))
+    slotted = [
+        parameter
+        for slot, each in slots.items()
+        if slot == start or slot.startswith(f"{start}/")
+        for parameter in each
+        if parameter in model.weights
+    ]
+    numbers = {_HYPERPARAMETERS[name]: value for name, value in state.hyperparams.items() if name in _HYPERPARAMETERS}
+    return ParameterGroup(
+        parameters=tuple(dict.fromkeys(slotted)),
+        hyperparameters={name: _number(value) for name, value in numbers.items() if np.shape(_plain(value)) == ()},
+    )
+
+
+def _plain(value: Any) -> Any:
+    return value.get_value() if trees.is_variable(value) else value
+
+
+def _number(value: Any) -> Any:
+    value = _plain(value)
+    return to_number(np.asarray(value, np.float64).item()) if isinstance(value, jax.Array | np.generic | float) else value
+
+
+def _step(found: Mapping[str, Entry], places: Sequence[_Place], carried: Mapping[str, Entry]) -> int | None:
+    """Completed updates, where all counters of the state, or else that of the train state, agree on it."""
+    counters = [found[name].value for place in places if place.owner in _STEPS and (name := names.join(place.path)) in found]
+    if not counters and "step" in carried:
+        counters = [carried["step"].value]
+    counts = {int(np.asarray(counter)) for counter in counters if np.ndim(counter) == 0}
+    return counts.pop() if len(counts) == 1 else None
