@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from polyckpt import __version__, manifest, objects, registry, residue, schema
-from polyckpt.adapter import NO_OPTIMIZER, Adapter, ModelCapture, OptimizerCapture, Restore, StoredModel, StoredOptimizer
-from polyckpt.checkpoint import Checkpoint, StoredTensor, verify_all
-from polyckpt.errors import CorruptError, MismatchError, PolyckptError, Problem, UnsupportedError
+from polyckpt.adapter import Adapter, OptimizerCapture, Restore, StoredModel, StoredOptimizer
+from polyckpt.checkpoint import Checkpoint, verify_all
+from polyckpt.errors import CorruptError, MismatchError, Problem, UnsupportedError
 from polyckpt.leaves import Leaf
 from polyckpt.names import join
 from polyckpt.storage import local, tensor_file
@@ -223,18 +223,17 @@ class _Sections:
 
     def __init__(self) -> None:
         self._leaves: dict[str, dict[str, Leaf]] = {"weights": {}, "optimizer": {}, "state": {}}
-        self._by_identity: dict[tuple[str, Any], str] = {}
+        self._by_identity: dict[tuple[str, str, Any], str] = {}
 
     def add(self, section: str, name: str, leaf: Leaf) -> str:
         """Add a tensor; returns the name that it is stored under, which is another one where it is there already."""
-        identity = None if leaf.identity is None else (section, leaf.dtype, leaf.identity)
-        if identity in self._by_identity:
+        identity = (section, leaf.dtype, leaf.identity)
+        if leaf.identity is not None and identity in self._by_identity:
             return self._by_identity[identity]
         if name in self._leaves[section]:
             raise UnsupportedError(f"{section}: two tensors are named {name!r}")
         self._leaves[section][name] = leaf
-        if identity is not None:
-            self._by_identity[identity] = name
+        self._by_identity[identity] = name
         return name
 
     def add_weights(self, weights: Mapping[str, Leaf]) -> dict[str, str]:
@@ -250,7 +249,8 @@ class _Sections:
         self, directory: Path, metadata: Mapping[str, str]
     ) -> tuple[dict[str, schema.TensorFile], dict[str, dict[str, schema.Tensor]]]:
         """Write one tensor file per section that has tensors, weights always; returns the manifest's two tables."""
-        files, tensors = {}, {}
+        files: dict[str, schema.TensorFile] = {}
+        tensors: dict[str, dict[str, schema.Tensor]] = {}
         for section, leaves in self._leaves.items():
             tensors[section] = {}
             if not leaves and section != "weights":
@@ -268,12 +268,11 @@ class _Sections:
 
 
 def _key(name: str, taken: Mapping[str, Leaf]) -> str:
-    """The key of a tensor in its file: its name, unless safetensors reserves that."""
-    while name == "__metadata__" or (name.startswith("__metadata__~") and name.rstrip("~") == "__metadata__"):
-        name += "~"
-        if name not in taken:
-            break
-    return name
+    """The key of a tensor in its file: its name, unless that is the one which safetensors reserves."""
+    key = name
+    while key == "__metadata__" or (key != name and key in taken):
+        key += "~"
+    return key
 
 
 def _describe_optimizer(captured: OptimizerCapture, sections: _Sections) -> schema.Optimizer:
@@ -305,9 +304,11 @@ def _decode_native(checkpoint: Checkpoint) -> dict[str, Any]:
     def constant(value: Any, kind: str) -> Any:
         return registry.named(_package(kind)).constant(value, kind)
 
-    native = residue.decode(checkpoint.manifest.native, residue.Decoders(tensor=tensor, constant=constant))
+    native: dict[str, Any] = residue.decode(checkpoint.manifest.native, residue.Decoders(tensor=tensor, constant=constant))
     entries = [*(native.get("extra") or {}).values(), native.get("scheduler")]
-    if not all(entry is None or (isinstance(entry, dict) and {"adapter", "kind", "type", "state"} <= set(entry)) for entry in entries):
+    if not all(
+        entry is None or (isinstance(entry, dict) and {"adapter", "kind", "type", "state"} <= set(entry)) for entry in entries
+    ):
         raise CorruptError(f"{checkpoint.path}: native: an entry of extra or scheduler lacks adapter, kind, type or state")
     return native
 

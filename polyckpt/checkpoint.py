@@ -43,7 +43,7 @@ class StoredTensor:
         if self._verified:
             return
         for chunk in self._tensor.chunks:
-            data = memoryview(self._chunk_bytes(chunk))
+            data = self._chunk_bytes(chunk).data
             hasher = Hasher()
             for start in range(0, len(data), BLOCK_BYTES):
                 hasher.update(data[start : start + BLOCK_BYTES])

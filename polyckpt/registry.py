@@ -30,7 +30,8 @@ def _entries() -> dict[str, EntryPoint]:
 def _load(value: str, package: str) -> Adapter:
     entry = _entries()[package]
     try:
-        return entry.load()()
+        adapter: Adapter = entry.load()()
+        return adapter
     except ImportError as error:
         extra = f"[{','.join(entry.extras)}]" if entry.extras else ""
         distribution = entry.dist.name if entry.dist else "polyckpt"
@@ -53,7 +54,7 @@ def named(package: str) -> Adapter:
 
 def find(value: Any) -> Adapter | None:
     """The adapter for `value`: by its class, by what it contains, or because a framework in use recognises it."""
-    packages = {named(package).name for package in _packages(value, 0)}
+    packages = set(_packages(value, 0))
     if len(packages) > 1:
         packages.discard(HOST)
     if len(packages) > 1:
@@ -88,6 +89,6 @@ def _packages(value: Any, depth: int) -> Iterator[str]:
             yield from _packages(child, depth + 1)
     elif not isinstance(value, str | bytes | int | float | complex | None):
         for package in _entries():
-            if package in sys.modules and package != HOST and (adapter := named(package)).recognises(value):
-                yield adapter.name
+            if package in sys.modules and package != HOST and named(package).recognises(value):
+                yield named(package).name
                 return

@@ -15,20 +15,17 @@ FORMAT_MAJOR = 1
 FORMAT_MINOR = 0
 
 
-class _Struct(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=False):
-    """Base of all parts: frozen, by keyword, every member written."""
-
-
-class NonFinite(_Struct):
+class NonFinite(msgspec.Struct, frozen=True, kw_only=True):
     """A number that JSON cannot hold, as `{"$float": "nan"}`."""
 
     value: Literal["nan", "inf", "-inf"] = msgspec.field(name="$float")
 
 
 Number = int | float | NonFinite
+Hyperparameter = bool | Number | str | None | tuple[Number, ...]
 
 
-class Chunk(_Struct):
+class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     """A box of a tensor and where its bytes lie: the tensor `key` of the tensor file `file`, row-major."""
 
     file: str
@@ -38,7 +35,7 @@ class Chunk(_Struct):
     checksum: str
 
 
-class Tensor(_Struct):
+class Tensor(msgspec.Struct, frozen=True, kw_only=True):
     """A tensor of `shape`, cut into chunks that cover it without overlap (one chunk unless several processes wrote it)."""
 
     dtype: str
@@ -46,21 +43,21 @@ class Tensor(_Struct):
     chunks: tuple[Chunk, ...]
 
 
-class TensorFile(_Struct):
+class TensorFile(msgspec.Struct, frozen=True, kw_only=True):
     """A safetensors file of the checkpoint. The header is not part of any tensor and has a checksum of its own."""
 
     size_bytes: int
     header_checksum: str
 
 
-class Role(_Struct):
+class Role(msgspec.Struct, frozen=True, kw_only=True):
     """What a tensor is to its layer. `axes` names every axis, einops style: "out in", "(gate unit) in", "" for 0-d."""
 
     tensor: str
     axes: str
 
 
-class Layer(_Struct):
+class Layer(msgspec.Struct, frozen=True, kw_only=True):
     """One layer: `kind` is a row of polyckpt.layers, `type` the producer's class, `config` what matters to meaning."""
 
     path: str
@@ -70,7 +67,7 @@ class Layer(_Struct):
     roles: dict[str, Role] = {}
 
 
-class Model(_Struct):
+class Model(msgspec.Struct, frozen=True, kw_only=True):
     """The described model. `aliases` maps a tied tensor's further names to the name that it is stored under.
 
     order: of `layers`: `execution`, `definition`, or `name` (sorted; says nothing about either).
@@ -82,21 +79,21 @@ class Model(_Struct):
     aliases: dict[str, str] = {}
 
 
-class ParameterGroup(_Struct):
+class ParameterGroup(msgspec.Struct, frozen=True, kw_only=True):
     """Parameters (names of weights) that share hyperparameters; names of those are in polyckpt.optimizers."""
 
     parameters: tuple[str, ...]
-    hyperparameters: dict[str, bool | Number | str | None | tuple[Number, ...]]
+    hyperparameters: dict[str, Hyperparameter]
 
 
-class Slot(_Struct):
+class Slot(msgspec.Struct, frozen=True, kw_only=True):
     """One slot: `meaning` is a row of polyckpt.optimizers or "custom"; `tensors` maps a parameter to an optimizer tensor."""
 
     meaning: str
     tensors: dict[str, str]
 
 
-class Optimizer(_Struct):
+class Optimizer(msgspec.Struct, frozen=True, kw_only=True):
     """The described optimizer. `step` counts completed updates, None where the producer keeps no count."""
 
     type: str
@@ -107,7 +104,7 @@ class Optimizer(_Struct):
     slots: dict[str, Slot] = {}
 
 
-class Progress(_Struct):
+class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """How far training came: completed epochs, completed steps, and batches consumed of the epoch under way."""
 
     epoch: int | None = None
@@ -115,7 +112,7 @@ class Progress(_Struct):
     batch: int | None = None
 
 
-class Producer(_Struct):
+class Producer(msgspec.Struct, frozen=True, kw_only=True):
     """Who wrote the checkpoint: `adapter` restores it; `versions` are those of the packages involved."""
 
     library_version: str
@@ -123,7 +120,7 @@ class Producer(_Struct):
     versions: dict[str, str]
 
 
-class Manifest(_Struct):
+class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """A whole checkpoint but for the bytes of its tensors.
 
     tensors: by section: `weights` (names of the producer), `optimizer` (slots), `state` (all else).

@@ -61,13 +61,13 @@ class NumpyAdapter:
         return None
 
     def prepare_object(self, value: Any, kind: str, tree: Any, *, path: str) -> Restore:
-        cls, get, put = _GENERATORS.get(kind, (None, None, None))
-        if cls is None or not isinstance(value, cls):
+        if kind not in _GENERATORS or not isinstance(value, _GENERATORS[kind][0]):
             problem = Problem("value", "extra", path, stored=f"a {kind}", live=f"a {type(value).__name__}")
             return Restore(apply=lambda: value, problems=[problem])
-        if kind == "numpy.Generator" and (live := value.bit_generator.state["bit_generator"]) != tree["bit_generator"]:
+        if kind == "numpy.Generator" and (live := _GENERATORS[kind][1](value)["bit_generator"]) != tree["bit_generator"]:
             problem = Problem("value", "extra", path, stored=tree["bit_generator"], live=live)
             return Restore(apply=lambda: value, problems=[problem])
+        _, get, put = _GENERATORS[kind]
         before: list[Any] = []
 
         def apply() -> Any:
@@ -75,9 +75,7 @@ class NumpyAdapter:
             put(value, residue.live(tree))
             return value
 
-        return Restore(
-            apply=apply, tensors=residue.tensors(tree), undo=lambda: before and put(value, before[0])
-        )
+        return Restore(apply=apply, tensors=residue.tensors(tree), undo=lambda: before and put(value, before[0]))
 
     def capture_rng(self) -> Any:
         # The bit generator behind np.random.* is MT19937 unless a program replaced it.
@@ -162,9 +160,7 @@ def _flatten(tree: Any, what: str) -> tuple[dict[str, Leaf], dict[str, Any]]:
     return arrays, others
 
 
-def _prepare_tree(
-    template: Any, tensors: Mapping[str, StoredTensor], others: Mapping[str, Any], section: str
-) -> Restore:
+def _prepare_tree(template: Any, tensors: Mapping[str, StoredTensor], others: Mapping[str, Any], section: str) -> Restore:
     live = {names.join(path): leaf for path, leaf in _walk(template)}
     problems = []
     for name, leaf in live.items():
@@ -206,7 +202,8 @@ def _rebuild(tree: Any, value: Callable[[tuple[Any, ...], Any], Any], path: tupl
     """A tree of the same containers with `value(path, leaf)` for each leaf."""
     if isinstance(tree, Mapping):
         children = {key: _rebuild(child, value, (*path, key)) for key, child in tree.items()}
-        return children if type(tree) is dict else type(tree)(children)
+        constructor: Callable[[dict[Any, Any]], Any] = type(tree)
+        return constructor(children)
     if isinstance(tree, list | tuple):
         items = [_rebuild(child, value, (*path, index)) for index, child in enumerate(tree)]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)

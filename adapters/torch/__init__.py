@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
@@ -22,7 +23,7 @@ from polyckpt.errors import Problem, UnsupportedError
 from polyckpt.leaves import Leaf
 from polyckpt.residue import Constant
 
-_OBJECTS = {
+_OBJECTS: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any, Any, str], Restore]]] = {
     "module": (nn.Module, modules.capture_tree, modules.prepare_tree),
     "optimizer": (torch.optim.Optimizer, optimizers.capture_tree, optimizers.prepare_tree),
     "generator": (torch.Generator, rng.capture_generator, rng.prepare_generator),
@@ -67,11 +68,10 @@ class TorchAdapter:
         return None
 
     def prepare_object(self, value: Any, kind: str, tree: Any, *, path: str) -> Restore:
-        cls, _, prepare = _OBJECTS.get(kind, (None, None, None))
-        if cls is None or prepare is None or not isinstance(value, cls):
+        if kind not in _OBJECTS or not isinstance(value, _OBJECTS[kind][0]):
             problem = Problem("value", "extra", path, stored=f"a {kind}", live=f"a {type(value).__name__}")
             return Restore(apply=lambda: value, problems=[problem])
-        return prepare(value, tree, path)
+        return _OBJECTS[kind][2](value, tree, path)
 
     def capture_rng(self) -> Any:
         return rng.capture()

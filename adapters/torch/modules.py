@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,6 @@ from polyckpt.adapter import ModelCapture, Restore, StoredModel
 from polyckpt.adapters.torch import layers, tensors
 from polyckpt.checkpoint import StoredTensor
 from polyckpt.errors import Problem, UnsupportedError
-from polyckpt.leaves import Leaf
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,10 +13,10 @@ from polyckpt.adapter import OptimizerCapture, Restore, StoredOptimizer
 from polyckpt.adapters.torch import tensors
 from polyckpt.errors import Problem
 from polyckpt.leaves import Leaf
-from polyckpt.schema import ParameterGroup, to_number
+from polyckpt.schema import Hyperparameter, ParameterGroup, to_number
 
 _ADAM_SLOTS = {"exp_avg": "first_moment", "exp_avg_sq": "second_moment", "max_exp_avg_sq": "max_second_moment"}
-_ADAM_KEYS = {
+_ADAM_KEYS: dict[str, str | tuple[str, int]] = {
     "learning_rate": "lr",
     "beta1": ("betas", 0),
     "beta2": ("betas", 1),
@@ -24,7 +24,7 @@ _ADAM_KEYS = {
     "weight_decay": "weight_decay",
     "maximize": "maximize",
 }
-_COMMON_KEYS = {"learning_rate": "lr", "weight_decay": "weight_decay", "maximize": "maximize"}
+_COMMON_KEYS: dict[str, str | tuple[str, int]] = {"learning_rate": "lr", "weight_decay": "weight_decay", "maximize": "maximize"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,7 +304,9 @@ def _describe_groups(
         inside = names[position : position + len(group["params"])]
         position += len(inside)
         values = {name: _pick(group, key) for name, key in (row.keys if row else {}).items()}
-        hyperparameters = {name: to_number(value) for name, value in values.items() if value is not None}
+        hyperparameters: dict[str, Hyperparameter] = {
+            name: to_number(value) for name, value in values.items() if value is not None
+        }
         described.append(
             ParameterGroup(parameters=tuple(name for name in inside if name in weights), hyperparameters=hyperparameters)
         )

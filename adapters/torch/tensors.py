@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from polyckpt.checkpoint import StoredTensor
 from polyckpt.dtypes import DTYPES
@@ -67,7 +67,7 @@ def show(tensor: torch.Tensor) -> str:
 def _unsupported(tensor: torch.Tensor) -> str | None:
     kind = type(tensor)
     name = f"{kind.__module__}.{kind.__qualname__}"
-    if isinstance(tensor, UninitializedTensorMixin):
+    if isinstance(tensor, UninitializedParameter | UninitializedBuffer):
         return "a lazy parameter without a shape yet: run one forward pass first"
     if name.startswith("torch.distributed.tensor"):
         return "a DTensor, which holds one process's shard: save full_tensor() of it"

@@ -110,7 +110,7 @@ def _bytes_of(key: str, leaf: Leaf) -> memoryview:
             f"{key}: {leaf.dtype}{list(leaf.shape)} is {expected} bytes, but reading it gave {array.nbytes}, "
             f"{'contiguous' if array.flags.c_contiguous else 'not contiguous'}"
         )
-    return memoryview(array.reshape(-1).view(np.uint8))
+    return array.reshape(-1).view(np.uint8).data
 
 
 def _write_all(file: Any, data: memoryview) -> None:

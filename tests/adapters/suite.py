@@ -36,7 +36,11 @@ class AdapterSuite:
 
     def __init_subclass__(cls) -> None:
         # Names are listed without any framework; the cases run in processes of their own.
-        cls.test_case = pytest.mark.parametrize("name", list(importlib.import_module(cls.cases).CASES))(_check_case)
+        # A function of its own: a mark would stay on a shared one, and the next subclass would have it too.
+        def test_case(self: AdapterSuite, results: tuple[Path, Any, Any], name: str) -> None:
+            _check_case(results, name)
+
+        cls.test_case = pytest.mark.parametrize("name", list(importlib.import_module(cls.cases).CASES))(test_case)
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -48,7 +52,7 @@ class AdapterSuite:
         return directory, *(json.loads((directory / f"{mode}.json").read_text()) for mode in ("train", "resume"))
 
 
-def _check_case(self: AdapterSuite, results: tuple[Path, Any, Any], name: str) -> None:
+def _check_case(results: tuple[Path, Any, Any], name: str) -> None:
     directory, trained, resumed = results[0], results[1][name], results[2][name]
     assert "error" not in trained, trained["error"]
     assert "error" not in resumed, resumed["error"]
