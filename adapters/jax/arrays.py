@@ -195,15 +195,12 @@ def sharding(live: Any) -> jax.sharding.Sharding | None:
 
 def placed(host: np.ndarray, where: jax.sharding.Sharding | None, *, impl: str | None = None, weak: bool = False) -> jax.Array:
     """A JAX array of its own with the bits of `host`."""
+    # On a CPU device_put may alias what it is given, in spite of may_alias=False: let that be a copy nobody else has.
+    host = host.copy()
     if impl is not None:
-        keys = jax.random.wrap_key_data(jax.device_put(host, may_alias=False), impl=impl)
+        keys = jax.random.wrap_key_data(jax.device_put(host), impl=impl)
         return keys if where is None else jax.device_put(keys, where)
-    if where is None or len(where.device_set) == 1:
-        # On a CPU device_put would otherwise alias the map of the file.
-        array = jax.device_put(host, where, may_alias=False)
-    else:
-        # Over several devices device_put aliases in spite of may_alias=False.
-        array = jax.make_array_from_callback(host.shape, where, lambda index: host[index].copy())
+    array = jax.device_put(host, where)
     if not weak:
         return array
     # The one public operation that gives all bits of an array to a weakly typed one of any shape.

@@ -218,7 +218,9 @@ class _Describer:
             self._seen.add(id(node))
         self._add_known(node, path)
         below = [(segment, *self._unwrapped(child, (*path, segment))) for segment, child in self._children(node)]
-        self.sorted |= isinstance(node, Mapping) and len(below) > 1
+        self.sorted |= (
+            isinstance(node, Mapping) and not trees.is_graph(node) and sum(trees.is_node(child) for _, child, _ in below) > 1
+        )
         own = {str(segment): names.join(at) for segment, child, at in below if self._is_weight(child, at)}
         if own:
             self._add(node, path, CUSTOM, {}, {key: (name, (key, self._numbered(name))) for key, name in own.items()})

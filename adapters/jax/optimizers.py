@@ -131,16 +131,12 @@ def capture(optimizer: Any, model: ModelCapture) -> OptimizerCapture:
     places, states = list(_places(state, (), ("", ""), shapes)), dict(_states(state, ()))
     prefix = _prefix([place.prefixes for place in places if place.prefixes])
     tensors, native = trees.capture(found, "optimizer")
+    by_slot = {names.join(place.path): place for place in places}
     slots: dict[str, dict[str, Leaf]] = {}
-    meanings: dict[str, str] = {}
-    for place in places:
-        slot = names.join(place.path)
-        for name, leaf in tensors.items():
-            if name == slot or name.startswith(f"{slot}/") or not slot:
-                within = name.removeprefix(slot).removeprefix("/")
-                slots.setdefault(slot, {})[_parameter(within, prefix) if place.prefixes else within] = leaf
-        if slot in slots:
-            meanings[slot] = _meaning(place.owner, slots[slot], shapes)
+    for name, leaf in tensors.items():
+        slot, within = _split(name, by_slot)
+        slots.setdefault(slot, {})[_parameter(within, prefix) if by_slot[slot].prefixes else within] = leaf
+    meanings = {slot: _meaning(by_slot[slot].owner, each, shapes) for slot, each in slots.items()}
     hyperparameters = {path: node for path, (kind, node) in states.items() if kind in _INJECTED}
     groups = [_group(path, node, slots, model) for path, node in hyperparameters.items()]
     rates = [group.hyperparameters["learning_rate"] for group in groups if "learning_rate" in group.hyperparameters]
@@ -238,6 +234,15 @@ def _prefix(candidates: Sequence[frozenset[str]]) -> str | None:
     if "params" in common:
         return "params"
     return next(iter(common)) if len(common) == 1 else None
+
+
+def _split(name: str, slots: Mapping[str, Any]) -> tuple[str, str]:
+    """The slot among `slots` that a leaf is in, and its name within that."""
+    segments = name.split("/") if name else []
+    for count in range(len(segments) + 1):
+        if (slot := "/".join(segments[:count])) in slots:
+            return slot, "/".join(segments[count:])
+    raise KeyError(name)
 
 
 def _parameter(within: str, prefix: str | None) -> str:

@@ -164,7 +164,8 @@ def restore(tree: Any, comparisons: Sequence[Comparison]) -> Restore:
         return rebuild(tree, values)
 
     undo: Callable[[], Any] | None = None
-    if any(is_graph(leaf) for _, leaf in _flatten(tree, "model")[0]):
+    if graphs := [leaf for _, leaf in _flatten(tree, "model")[0] if is_graph(leaf)]:
+        _check_fillable(graphs)
         before = {name: live for name, live, _ in fitting}
 
         def undo() -> Any:
@@ -176,6 +177,15 @@ def restore(tree: Any, comparisons: Sequence[Comparison]) -> Restore:
         tensors=[stored.tensor for _, _, stored in fitting if stored.tensor is not None],
         undo=undo,
     )
+
+
+def _check_fillable(graphs: Sequence[Any]) -> None:
+    for path, value, variable in (found for graph in graphs for found in _walk(graph, (), None, "model")):
+        if variable is None and isinstance(value, jax.ShapeDtypeStruct):
+            raise UnsupportedError(
+                f"{names.join(path)}: flax cannot put an array into an abstract module that held a bare one. Hold it in an "
+                "nnx.Variable, or load into a module with values"
+            )
 
 
 def _place(live: Any) -> tuple[Any, ...]:

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 from tests.adapters.cases.trees import Functional
 
 
-def _run(seed: int, build: Callable[[Any], Any], shape: tuple[int, ...], tx: Callable[[Any], Any]) -> Functional:
-    """`build` makes a module that is called with (x, state, key)."""
+def _run(seed: int, define: Callable[[], tuple[Any, tuple[int, ...], Any]]) -> Functional:
+    """`define` returns a class of modules that are called with (x, state, key), the shape of an x, and a transformation."""
     import equinox as eqx
     import jax
-    import optax
 
+    build, transformation, update = _compiled(define)
     key = jax.random.key(seed)
     model = eqx.nn.make_with_state(build)(key)
-    transformation = tx(optax)
+    return Functional(model, transformation.init(eqx.filter(model[0], eqx.is_inexact_array)), key, update)
+
+
+@functools.cache
+def _compiled(define: Callable[[], tuple[Any, tuple[int, ...], Any]]) -> tuple[Any, Any, Any]:
+    """The class, the transformation and a training step, compiled once for all runs of this process."""
+    import equinox as eqx
+    import jax
+
+    build, shape, transformation = define()
 
     @eqx.filter_jit
     def update(pair: Any, opt_state: Any, key: Any) -> Any:
@@ -34,12 +44,13 @@ def _run(seed: int, build: Callable[[Any], Any], shape: tuple[int, ...], tx: Cal
         updates, opt_state = transformation.update(grads, opt_state, eqx.filter(pair[0], eqx.is_inexact_array))
         return (eqx.apply_updates(pair[0], updates), state), opt_state, key, value
 
-    return Functional(model, transformation.init(eqx.filter(model[0], eqx.is_inexact_array)), key, update)
+    return build, transformation, update
 
 
-def _convolutional(seed: int) -> Functional:
+def _convolutional() -> tuple[Any, tuple[int, ...], Any]:
     import equinox as eqx
     import jax
+    import optax
 
     class Network(eqx.Module):
         conv: Any
@@ -65,12 +76,13 @@ def _convolutional(seed: int) -> Functional:
             x = self.group(self.transposed(self.activation(x).mean(-1))).mean(-1)
             return self.mlp(self.dropout(x, key=key)), state
 
-    return _run(seed, Network, (2, 5, 4), lambda optax: optax.adamw(1e-2))
+    return Network, (2, 5, 4), optax.adamw(1e-2)
 
 
-def _sequential(seed: int) -> Functional:
+def _sequential() -> tuple[Any, tuple[int, ...], Any]:
     import equinox as eqx
     import jax
+    import optax
 
     class Network(eqx.Module):
         embedding: Any
@@ -99,7 +111,10 @@ def _sequential(seed: int) -> Functional:
                 carry, hidden = self.cells[0](each, carry), self.cells[1](each, hidden)
             return self.head(self.slope(carry[0] + hidden)), state
 
-    return _run(seed, Network, (3,), lambda optax: optax.chain(optax.clip(1.0), optax.lion(1e-3)))
+    return Network, (3,), optax.chain(optax.clip(1.0), optax.lion(1e-3))
 
 
-CASES = {"convolutional": _convolutional, "sequential": _sequential}
+CASES = {
+    "convolutional": lambda seed: _run(seed, _convolutional),
+    "sequential": lambda seed: _run(seed, _sequential),
+}

@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from tests.adapters.cases.trees import Functional
 
 
 def _run(seed: int, core: str) -> Functional:
+    import jax
+
+    init, tx, update = _compiled(core)
+    key = jax.random.key(seed)
+    params, state = init(key, jax.numpy.zeros((7, 2)))
+    return Functional({"params": params, "state": state}, tx.init(params), key, update)
+
+
+@functools.cache
+def _compiled(core: str) -> tuple[Any, Any, Any]:
+    """Initialisation, transformation and training step of a network, compiled once for all runs of this process."""
     import haiku as hk
     import jax
     import optax
@@ -19,8 +31,6 @@ def _run(seed: int, core: str) -> Functional:
         return hk.dynamic_unroll(cell, x[:, None], cell.initial_state(1))[0]
 
     transformed = hk.transform_with_state(forward)
-    key = jax.random.key(seed)
-    params, state = jax.jit(transformed.init)(key, jax.numpy.zeros((7, 2)))
     tx = optax.chain(optax.clip(1.0), optax.rmsprop(1e-2, momentum=0.9))
 
     @jax.jit
@@ -35,7 +45,7 @@ def _run(seed: int, core: str) -> Functional:
         updates, opt_state = tx.update(grads, opt_state, model["params"])
         return {"params": optax.apply_updates(model["params"], updates), "state": state}, opt_state, key, value
 
-    return Functional({"params": params, "state": state}, tx.init(params), key, update)
+    return jax.jit(transformed.init), tx, update
 
 
 CASES = {core: lambda seed, core=core: _run(seed, core) for core in ("lstm", "gru")}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import polyckpt
 from tests.adapters.cases.trees import Functional, leaves
 
 
-def _convolutional(rngs: Any) -> Any:
+@functools.cache
+def _convolutional_class() -> Any:
     from flax import nnx
 
     class Network(nnx.Module):
@@ -32,16 +34,23 @@ def _convolutional(rngs: Any) -> Any:
             self.seen.set_value(self.seen.get_value() + 1)
             return self.head(self.dropout(x.mean((1, 2)))) * self.scale
 
-    return Network(rngs)
+    return Network
 
 
-def _sequential(rngs: Any) -> Any:
+def _convolutional(rngs: Any) -> Any:
+    return _convolutional_class()(rngs)
+
+
+@functools.cache
+def _sequential_class() -> Any:
     from flax import nnx
 
     class Network(nnx.Module):
         def __init__(self, rngs: Any) -> None:
             self.embed = nnx.Embed(9, 6, rngs=rngs)
-            self.attention = nnx.MultiHeadAttention(2, 6, dropout_rate=0.1, decode=False, normalize_qk=True, rngs=rngs)
+            self.attention = nnx.MultiHeadAttention(
+                2, 6, dropout_rate=0.1, decode=False, deterministic=False, normalize_qk=True, rngs=rngs
+            )
             self.norms = nnx.Dict(layer=nnx.LayerNorm(6, rngs=rngs), rms=nnx.RMSNorm(6, rngs=rngs))
             self.lstm = nnx.RNN(nnx.OptimizedLSTMCell(6, 4, rngs=rngs))
             self.slow = nnx.RNN(nnx.LSTMCell(4, 3, rngs=rngs))
@@ -59,33 +68,58 @@ def _sequential(rngs: Any) -> Any:
             x = self.slope(self.simple(self.gru(self.slow(self.lstm(x)))))
             return self.head(self.wide(x)) @ self.table.get_value()
 
-    return Network(rngs)
+    return Network
+
+
+def _sequential(rngs: Any) -> Any:
+    return _sequential_class()(rngs)
+
+
+# What is compiled serves all runs of this process: the step, and transformations that are one and the same object.
+
+
+@functools.cache
+def _update() -> Callable[..., Any]:
+    from flax import nnx
+
+    @nnx.jit
+    def update(model: Any, optimizer: Any, metrics: Any, data: Any) -> Any:
+        x = data.params.normal((4, 5, 4, 3))
+        value, grads = nnx.value_and_grad(lambda model: (model(x) ** 2).mean())(model)
+        optimizer.update(model, grads)
+        metrics.update(loss=value)
+        return value
+
+    return update
+
+
+@functools.cache
+def _scheduled() -> Any:
+    import optax
+
+    return optax.adamw(optax.linear_schedule(1e-2, 0, 9))
+
+
+@functools.cache
+def _accumulated() -> Any:
+    import optax
+
+    return optax.MultiSteps(optax.inject_hyperparams(optax.adam)(1e-2), 2)
 
 
 class _Run:
     """Module, optimizer, metrics and the Rngs that data come from, all updated in place."""
 
-    def __init__(self, seed: int, build: Callable[[Any], Any], make: Callable[[Any], Any]) -> None:
-        import optax
+    def __init__(self, seed: int, build: Callable[[Any], Any], make: Callable[[], Any]) -> None:
         from flax import nnx
 
         self.model = build(nnx.Rngs(seed, dropout=seed + 1))
-        self.optimizer = nnx.Optimizer(self.model, make(optax), wrt=nnx.Param)
+        self.optimizer = nnx.Optimizer(self.model, make(), wrt=nnx.Param)
         self.metrics = nnx.MultiMetric(loss=nnx.metrics.Average("loss"), spread=nnx.metrics.Welford("loss"))
         self.data = nnx.Rngs(seed + 2)
 
-        @nnx.jit
-        def update(model: Any, optimizer: Any, metrics: Any, data: Any) -> Any:
-            x = data.params.normal((4, 5, 4, 3))
-            value, grads = nnx.value_and_grad(lambda model: (model(x) ** 2).mean())(model)
-            optimizer.update(model, grads)
-            metrics.update(loss=value)
-            return value
-
-        self.update = update
-
     def step(self) -> float:
-        return float(self.update(self.model, self.optimizer, self.metrics, self.data))
+        return float(_update()(self.model, self.optimizer, self.metrics, self.data))
 
     def save(self, path: Path) -> None:
         polyckpt.save(path, self.model, self.optimizer, extra={"metrics": self.metrics, "data": self.data})
@@ -114,7 +148,8 @@ def _functional(seed: int) -> Functional:
         key, data = jax.random.split(key)
 
         def loss(params: Any) -> Any:
-            module = nnx.merge(graph, params, model["others"])
+            # Variables that a step changes must be of this trace.
+            module = nnx.merge(graph, params, model["others"], copy=True)
             value = (module(jax.random.normal(data, (4, 5, 4, 3))) ** 2).mean()
             return value, nnx.split(module, nnx.Param, ...)[2]
 
@@ -126,9 +161,7 @@ def _functional(seed: int) -> Functional:
 
 
 CASES = {
-    "convolutional": lambda seed: _Run(seed, _convolutional, lambda optax: optax.adamw(optax.linear_schedule(1e-2, 0, 9))),
-    "sequential": lambda seed: _Run(
-        seed, _sequential, lambda optax: optax.MultiSteps(optax.inject_hyperparams(optax.adam)(1e-2), 2)
-    ),
+    "convolutional": lambda seed: _Run(seed, _convolutional, _scheduled),
+    "sequential": lambda seed: _Run(seed, _sequential, _accumulated),
     "functional": _functional,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,14 +12,24 @@ from tests.adapters.cases.trees import Functional
 def _run(seed: int, make: Callable[[Any], Any]) -> Functional:
     import jax
     import jax.numpy as jnp
-    import optax
 
+    init, update = _compiled(make)
     keys = jax.random.split(jax.random.key(seed), 4)
     params = {
         "hidden": {"w": jax.random.normal(keys[0], (5, 4)), "b": jax.random.normal(keys[1], (4,))},
         "out": {"w": jax.random.normal(keys[2], (4, 3))},
-        "scale": jnp.asarray(0.5 + seed),
+        "scale": jnp.float32(0.5 + seed),
     }
+    return Functional(params, init(params), keys[3], update)
+
+
+@functools.cache
+def _compiled(make: Callable[[Any], Any]) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """The init function of a transformation and a training step with it, compiled once for all runs of this process."""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
     tx = optax.with_extra_args_support(make(optax))
 
     @jax.jit
@@ -34,7 +45,7 @@ def _run(seed: int, make: Callable[[Any], Any]) -> Functional:
         updates, state = tx.update(grads, state, params, value=value, grad=grads, value_fn=loss)
         return optax.apply_updates(params, updates), state, key, value
 
-    return Functional(params, tx.init(params), keys[3], update)
+    return tx.init, update
 
 
 def _labels(params: Any) -> Any:
