@@ -1,0 +1,171 @@
+"""The adapter for Keras 3 on TensorFlow, torch and JAX: models, optimizers and seed generators, restored in place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from importlib import metadata
+from typing import Any, ClassVar
+
+import keras
+
+from polyckpt import registry, residue
+from polyckpt.adapter import (
+    NO_OPTIMIZER,
+    ModelCapture,
+    OptimizerCapture,
+    Parts,
+    Restore,
+    StoredModel,
+    StoredOptimizer,
+)
+from polyckpt.adapters.keras import layers, optimizers, rng, variables
+from polyckpt.checkpoint import StoredTensor
+from polyckpt.errors import Problem, UnsupportedError
+from polyckpt.leaves import Leaf
+from polyckpt.residue import Constant
+
+_BACKEND_PACKAGES = {"tensorflow": ("tensorflow", "tensorflow-cpu"), "torch": ("torch",), "jax": ("jax", "jaxlib")}
+
+
+class KerasAdapter:
+    """Keras 3. The optimizer is the one that a model was compiled with, unless another is given."""
+
+    name: ClassVar[str] = "keras"
+
+    def versions(self) -> dict[str, str]:
+        found = {"keras": keras.__version__}
+        for package in _BACKEND_PACKAGES.get(keras.backend.backend(), ()):
+            try:
+                found[package] = metadata.version(package)
+            except metadata.PackageNotFoundError:
+                continue
+        return found
+
+    def recognises(self, value: Any) -> bool:
+        return False
+
+    def parts(self, model: Any, optimizer: Any | None) -> Parts:
+        if optimizer is NO_OPTIMIZER:
+            return Parts(model=model, optimizer=None)
+        return Parts(model=model, optimizer=getattr(model, "optimizer", None) if optimizer is None else optimizer)
+
+    def capture_model(self, model: Any) -> ModelCapture:
+        _check_built(model)
+        named = variables.weights(model)
+        trainable = {id(variable) for variable in model.trainable_variables}
+        return ModelCapture(
+            type=f"{type(model).__module__}.{type(model).__qualname__}",
+            weights={name: variables.leaf(variable, f"model: {name}") for name, variable in named.items()},
+            layers=layers.describe(model, named),
+            order=layers.order(model),
+            parameters=[(name, variable) for name, variable in named.items() if id(variable) in trainable],
+            native={"backend": keras.backend.backend()},
+            rng=rng.capture_states(variables.seed_states(model)),
+        )
+
+    def capture_optimizer(self, optimizer: Any, model: ModelCapture) -> OptimizerCapture:
+        return optimizers.capture(optimizer, model.parameters)
+
+    def prepare_model(self, model: Any, stored: StoredModel, *, rng: bool) -> Restore:
+        return _prepare(model, stored.weights, stored.rng if rng else None, "weights")
+
+    def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, model: Any) -> Restore:
+        return optimizers.prepare(optimizer, stored, _parameters(model), "optimizer")
+
+    def capture_object(self, value: Any) -> tuple[str, Any] | None:
+        return next(((kind, capture(value)) for kind, (cls, capture, _) in _OBJECTS.items() if isinstance(value, cls)), None)
+
+    def prepare_object(self, value: Any, kind: str, tree: Any, *, path: str) -> Restore:
+        if kind not in _OBJECTS or not isinstance(value, _OBJECTS[kind][0]):
+            problem = Problem("value", "extra", path, stored=f"a {kind}", live=f"a {type(value).__name__}")
+            return Restore(apply=lambda: value, problems=[problem])
+        return _OBJECTS[kind][2](value, tree, path)
+
+    def capture_rng(self) -> Any:
+        return rng.capture()
+
+    def prepare_rng(self, tree: Any) -> Restore:
+        return rng.prepare(tree)
+
+    def leaf(self, value: Any) -> Leaf | Constant | None:
+        return variables.leaf(value, "a tensor") if isinstance(value, keras.Variable) or keras.ops.is_tensor(value) else None
+
+    def tensor(self, stored: StoredTensor, kind: str) -> Any:
+        return variables.tensor(stored)
+
+    def constant(self, value: Any, kind: str) -> Any:
+        raise ValueError(f"{kind!r} is no constant of Keras")
+
+
+def _check_built(model: Any) -> None:
+    # Inside fit on JAX the live values are in the trainer; this brings them into the variables.
+    if sync := getattr(model, "jax_state_sync", None):
+        sync()
+    for layer in [model, *variables.sublayers(model)]:
+        if not layer.built and not isinstance(layer, keras.layers.InputLayer):
+            raise UnsupportedError(
+                f"model: the layer {layer.path or layer.name} is not built, so it has no weights yet: "
+                "call the model once or build(input_shape)"
+            )
+        if callable(getattr(layer, "get_vocabulary", None)):
+            raise UnsupportedError(
+                f"model: the layer {layer.path or layer.name} is a {type(layer).__name__}, whose vocabulary is not made of "
+                "tensors: keep it outside the model, and save layer.get_vocabulary() in `extra`"
+            )
+
+
+def _parameters(model: Any) -> list[tuple[str, Any]]:
+    """The trainable variables of a live model with their names, in the model's order, as optimizers are built for them."""
+    name_of = {id(variable): name for name, variable in variables.weights(model).items()}
+    return [(name_of[id(variable)], variable) for variable in model.trainable_variables]
+
+
+def _prepare(model: Any, weights: Mapping[str, StoredTensor], states: Any, section: str) -> Restore:
+    _check_built(model)
+    live = variables.weights(model)
+    found = {name: variables.compare(section, name, weights.get(name), live.get(name)) for name in {**live, **weights}}
+    seeds = rng.prepare_states(variables.seed_states(model), states) if states is not None else None
+
+    def apply() -> Any:
+        for name, problem in found.items():
+            if problem is None:
+                live[name].assign(variables.tensor(weights[name]))
+        if seeds:
+            seeds.apply()
+        return model
+
+    return Restore(
+        apply=apply,
+        problems=[*(problem for problem in found.values() if problem), *(seeds.problems if seeds else ())],
+        tensors=[*weights.values(), *residue.tensors(states)],
+    )
+
+
+def _capture_layer(layer: Any) -> dict[str, Any]:
+    _check_built(layer)
+    named = variables.weights(layer)
+    return {
+        "weights": {name: variables.leaf(variable, name) for name, variable in named.items()},
+        "rng": rng.capture_states(variables.seed_states(layer)),
+    }
+
+
+def _prepare_layer(layer: Any, tree: Mapping[str, Any], path: str) -> Restore:
+    return _prepare(layer, {name: ref.stored for name, ref in tree["weights"].items()}, tree["rng"], path)
+
+
+_OBJECTS: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any, Any, str], Restore]]] = {
+    "layer": (keras.layers.Layer, _capture_layer, _prepare_layer),
+    "optimizer": (keras.optimizers.Optimizer, optimizers.capture_tree, optimizers.prepare_tree),
+    "seed_generator": (
+        keras.random.SeedGenerator,
+        lambda generator: rng.capture_states([generator.state]),
+        lambda generator, tree, path: rng.prepare_states([generator.state], tree, generator),
+    ),
+    "metric": (
+        keras.metrics.Metric,
+        lambda metric: rng.capture_states(metric.variables),
+        lambda metric, tree, path: rng.prepare_states(metric.variables, tree, metric),
+    ),
+}
+"""Kind of a stateful object -> class, reading it as a tree, preparing its restore."""

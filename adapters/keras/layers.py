@@ -1,0 +1,209 @@
+"""What Keras's layers are, as rows of polyckpt.layers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import keras
+
+from polyckpt.adapters.keras import variables
+from polyckpt.layers import CUSTOM
+from polyckpt.schema import Layer, Role, to_number
+
+Roles = Mapping[str, tuple[str, str]]
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A layer class: its kind, its weights as variable name -> (role, axes), and the config that matters to meaning."""
+
+    kind: str
+    roles: Callable[[Any], Roles]
+    config: Callable[[Any], dict[str, Any]] = lambda layer: {}
+
+
+def _fixed(**roles: tuple[str, str]) -> Callable[[Any], Roles]:
+    return lambda layer: roles
+
+
+def _spatial(layer: Any) -> str:
+    return " ".join(f"k{axis}" for axis in range(1, len(layer.kernel_size) + 1))
+
+
+def _groups(layer: Any) -> dict[str, Any]:
+    return {"groups": layer.groups}
+
+
+def _normalised(layer: Any) -> str:
+    axes = layer.axis if isinstance(layer.axis, list | tuple) else [layer.axis]
+    return " ".join(f"n{axis}" for axis in range(1, len(axes) + 1))
+
+
+def _norm_roles(layer: Any) -> Roles:
+    return {
+        "gamma": ("scale", _normalised(layer)),
+        "beta": ("offset", _normalised(layer)),
+        "scale": ("scale", _normalised(layer)),
+    }
+
+
+def _epsilon(layer: Any) -> dict[str, Any]:
+    return {"epsilon": layer.epsilon}
+
+
+def _cell(gates: str) -> Callable[[Any], Roles]:
+    def roles(layer: Any) -> Roles:
+        both = getattr(layer, "reset_after", False)
+        return {
+            "kernel": ("input_kernel", f"in {gates}"),
+            "recurrent_kernel": ("recurrent_kernel", f"out {gates}"),
+            "bias": ("bias", f"which {gates}" if both else gates),
+        }
+
+    return roles
+
+
+_RUNNING = {
+    "gamma": ("scale", "c"),
+    "beta": ("offset", "c"),
+    "moving_mean": ("mean", "c"),
+    "moving_variance": ("variance", "c"),
+}
+
+_CONV = Row("conv", lambda layer: {"kernel": ("kernel", f"{_spatial(layer)} in out"), "bias": ("bias", "out")}, _groups)
+_CONV_TRANSPOSE = Row(
+    "conv_transpose", lambda layer: {"kernel": ("kernel", f"{_spatial(layer)} out in"), "bias": ("bias", "out")}
+)
+_DEPTHWISE = Row(
+    "depthwise_conv", lambda layer: {"kernel": ("kernel", f"{_spatial(layer)} in mult"), "bias": ("bias", "(in mult)")}
+)
+_SEPARABLE = Row(
+    "separable_conv",
+    lambda layer: {
+        "depthwise_kernel": ("depthwise_kernel", f"{_spatial(layer)} in mult"),
+        "pointwise_kernel": ("pointwise_kernel", f"{_spatial(layer)} (in mult) out"),
+        "bias": ("bias", "out"),
+    },
+)
+
+_ROWS: dict[str, Row] = {
+    "Dense": Row("linear", _fixed(kernel=("kernel", "in out"), bias=("bias", "out"))),
+    **dict.fromkeys(("Conv1D", "Conv2D", "Conv3D"), _CONV),
+    **dict.fromkeys(("Conv1DTranspose", "Conv2DTranspose", "Conv3DTranspose"), _CONV_TRANSPOSE),
+    **dict.fromkeys(("DepthwiseConv1D", "DepthwiseConv2D"), _DEPTHWISE),
+    **dict.fromkeys(("SeparableConv1D", "SeparableConv2D"), _SEPARABLE),
+    "BatchNormalization": Row(
+        "batch_norm",
+        lambda layer: _RUNNING,
+        # Keras's momentum is the share of the old value.
+        lambda layer: {"epsilon": layer.epsilon, "momentum": layer.momentum, "momentum_is": "share of the old"},
+    ),
+    "LayerNormalization": Row(
+        "layer_norm", _norm_roles, lambda layer: {**_epsilon(layer), "rms": getattr(layer, "rms_scaling", False)}
+    ),
+    "RMSNormalization": Row("rms_norm", _norm_roles, _epsilon),
+    "GroupNormalization": Row(
+        "group_norm", _fixed(gamma=("scale", "c"), beta=("offset", "c")), lambda layer: {**_epsilon(layer), **_groups(layer)}
+    ),
+    "Embedding": Row("embedding", _fixed(embeddings=("embedding", "vocab dim"))),
+    "ReversibleEmbedding": Row(
+        "embedding", _fixed(embeddings=("embedding", "vocab dim"), reverse_embeddings=("reverse_embedding", "dim vocab"))
+    ),
+    "LSTMCell": Row("lstm", _cell("(gate unit)"), lambda layer: {"gate_order": "i f g o"}),
+    "GRUCell": Row("gru", _cell("(gate unit)"), lambda layer: {"gate_order": "z r n", "reset_after": layer.reset_after}),
+    "SimpleRNNCell": Row("rnn", _cell("unit"), lambda layer: {"gate_order": "h"}),
+    "PReLU": Row("prelu", lambda layer: {"alpha": ("slope", " ".join(f"n{i}" for i in range(1, layer.alpha.ndim + 1)))}),
+    "Normalization": Row(
+        "normalization",
+        lambda layer: (
+            {
+                name: (name, " ".join(f"n{i}" for i in range(1, len(layer.adapt_mean.shape) + 1)))
+                for name in ("mean", "variance")
+            }
+            | {"count": ("count", "")}
+        ),
+    ),
+    "Dropout": Row("dropout", _fixed(), lambda layer: {"rate": layer.rate}),
+}
+
+_PROJECTIONS = ("query", "key", "value")
+_ATTENTIONS = {"MultiHeadAttention": "num_heads", "GroupedQueryAttention": "num_query_heads"}
+
+
+def describe(model: Any, names: Mapping[str, Any]) -> list[Layer]:
+    """Every layer that owns weights, and every dropout; `names` are the model's weights by canonical name."""
+    name_of = {id(variable): name for name, variable in names.items()}
+    namer = variables.Namer(model)
+    described: list[Layer] = []
+    taken: set[int] = set()
+    for layer in [model, *variables.sublayers(model)]:
+        path = namer(layer.path or layer.name)
+        roles = dict(_attention_roles(layer)) if type(layer).__name__ in _ATTENTIONS else None
+        if roles is None:
+            below = {id(weight) for child in variables.children(layer) for weight in child.weights}
+            own = [weight for weight in layer.weights if id(weight) not in below | taken]
+            entry = _layer(layer, path, own, name_of)
+        else:
+            own = [weight for weight, _, _ in roles.values()]
+            attention = {role: Role(tensor=name_of[id(weight)], axes=axes) for role, (weight, role, axes) in roles.items()}
+            config = {"heads": getattr(layer, _ATTENTIONS[type(layer).__name__])}
+            entry = Layer(path=path, kind="attention", type=_type_name(layer), config=config, roles=attention)
+        if own or entry.kind == "dropout":
+            described.append(entry)
+            taken |= {id(weight) for weight in own}
+    return described
+
+
+def order(model: Any) -> str:
+    """`execution` where a graph says in what order layers run, `definition` where only the code does."""
+    return "execution" if isinstance(model, keras.Sequential) or hasattr(model, "operations") else "definition"
+
+
+def _layer(layer: Any, path: str, own: list[Any], name_of: Mapping[int, str]) -> Layer:
+    row = _ROWS.get(type(layer).__name__) if type(layer).__module__.startswith("keras.") else None
+    known = row.roles(layer) if row else {}
+    if row and all(variable.name in known for variable in own):
+        config = {key: to_number(value) if isinstance(value, float) else value for key, value in row.config(layer).items()}
+        roles = {known[variable.name][0]: Role(tensor=name_of[id(variable)], axes=known[variable.name][1]) for variable in own}
+        return Layer(path=path, kind=row.kind, type=_type_name(layer), config=config, roles=roles)
+    equation = getattr(layer, "equation", None)
+    return Layer(
+        path=path,
+        kind=CUSTOM,
+        type=_type_name(layer),
+        config={"equation": equation} if isinstance(equation, str) else {},
+        roles=_custom_roles(own, name_of),
+    )
+
+
+def _custom_roles(own: list[Any], name_of: Mapping[int, str]) -> dict[str, Role]:
+    """A role for each weight of an unknown layer: its own name, numbered where that recurs."""
+    roles: dict[str, Role] = {}
+    for variable in own:
+        role, recurrence = variable.name, 0
+        while role in roles:
+            recurrence += 1
+            role = f"{variable.name}:{recurrence}"
+        axes = " ".join(f"a{axis}" for axis in range(len(variable.shape)))
+        roles[role] = Role(tensor=name_of[id(variable)], axes=axes)
+    return roles
+
+
+def _attention_roles(layer: Any) -> Iterator[tuple[str, tuple[Any, str, str]]]:
+    """(role, (weight, role, axes)) of the four projections of an attention layer."""
+    for projection in _PROJECTIONS:
+        dense = getattr(layer, f"_{projection}_dense")
+        yield from _dense_roles(dense, projection, "in head hd", "head hd")
+    yield from _dense_roles(layer._output_dense, "output", "head hd out", "out")
+
+
+def _dense_roles(dense: Any, projection: str, kernel: str, bias: str) -> Iterator[tuple[str, tuple[Any, str, str]]]:
+    for variable in dense.weights:
+        axes = kernel if variable.name == "kernel" else bias
+        yield f"{projection}_{variable.name}", (variable, f"{projection}_{variable.name}", axes)
+
+
+def _type_name(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -1,0 +1,256 @@
+"""Keras optimizers: what their slots mean, reading them, and writing them back.
+
+Slots are found by attribute (a list of variables parallel to the trainable ones), never by parsing names: Keras repeats
+names. Wrappers (loss scaling, several optimizers in one) are walked, and what they wrap is prefixed with its attribute.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import keras
+
+from polyckpt import names, optimizers, residue
+from polyckpt.adapter import OptimizerCapture, Restore, StoredOptimizer
+from polyckpt.adapters.keras import variables
+from polyckpt.checkpoint import StoredTensor
+from polyckpt.errors import Problem, UnsupportedError
+from polyckpt.leaves import Leaf
+from polyckpt.schema import Hyperparameter, ParameterGroup, to_number
+
+_ADAM = {"momentums": "first_moment", "velocities": "second_moment", "velocity_hats": "max_second_moment"}
+_ADAM_KEYS = {"beta1": "beta_1", "beta2": "beta_2", "epsilon": "epsilon"}
+_WRAPPED = {"model_variables_moving_average": "parameter_average", "accumulated_gradients": "gradient_accumulator"}
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """An optimizer class: family, slots as attribute -> meaning, hyperparameters as neutral name -> attribute."""
+
+    family: str
+    slots: Mapping[str, str]
+    keys: Mapping[str, str] = field(default_factory=dict)
+    conventions: Mapping[str, str] = field(default_factory=dict)
+
+
+_ADAM_ROW = Row(
+    "adam", _ADAM, {**_ADAM_KEYS, "amsgrad": "amsgrad"}, {"epsilon": "before_bias_correction", "max_second_moment": "raw"}
+)
+
+_ROWS: dict[str, Row] = {
+    "SGD": Row(
+        "sgd",
+        {"momentums": "momentum"},
+        {"momentum": "momentum", "nesterov": "nesterov"},
+        {"momentum": "scaled_by_learning_rate"},
+    ),
+    "Adam": _ADAM_ROW,
+    "AdamW": _ADAM_ROW,
+    "Adamax": Row("adamax", {"m": "first_moment", "u": "infinity_norm"}, _ADAM_KEYS, {"epsilon": "outside_sqrt"}),
+    "Nadam": Row("nadam", _ADAM, _ADAM_KEYS, {"epsilon": "outside_sqrt", "momentum_schedule": "decaying"}),
+    "RMSprop": Row(
+        "rmsprop",
+        {"velocities": "second_moment", "momentums": "momentum", "average_gradients": "first_moment"},
+        {"rho": "rho", "momentum": "momentum", "epsilon": "epsilon", "centered": "centered"},
+        {"epsilon": "inside_sqrt", "momentum": "scaled_by_learning_rate"},
+    ),
+    "Adagrad": Row(
+        "adagrad",
+        {"accumulators": "squared_sum"},
+        {"epsilon": "epsilon", "initial_accumulator": "initial_accumulator_value"},
+        {"epsilon": "inside_sqrt"},
+    ),
+    "Adadelta": Row(
+        "adadelta",
+        {"accumulated_grads": "second_moment", "accumulated_delta_vars": "squared_update"},
+        {"rho": "rho", "epsilon": "epsilon"},
+        {"epsilon": "inside_sqrt"},
+    ),
+    "Lion": Row("lion", {"momentums": "first_moment"}, {"beta1": "beta_1", "beta2": "beta_2"}),
+    "Lamb": Row("lamb", _ADAM, _ADAM_KEYS, {"epsilon": "outside_sqrt"}),
+    "Adafactor": Row(
+        "adafactor",
+        {"r": "row_second_moment", "c": "column_second_moment", "v": "second_moment"},
+        {"beta2_decay": "beta_2_decay", "epsilon": "epsilon_1", "epsilon2": "epsilon_2", "clip_threshold": "clip_threshold"},
+        {"epsilon": "in_square"},
+    ),
+    "Muon": Row(
+        "muon", {"momentums": "momentum", "adam_velocities": "second_moment"}, {"momentum": "momentum", "nesterov": "nesterov"}
+    ),
+    "Ftrl": Row(
+        "ftrl", {"accumulators": "squared_sum", "linears": "linear"}, {"initial_accumulator": "initial_accumulator_value"}
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """All variables of an optimizer: `slots` as slot -> parameter -> variable, `others` by name."""
+
+    slots: dict[str, dict[str, Any]]
+    others: dict[str, Any]
+
+
+def capture(optimizer: Any, parameters: Sequence[tuple[str, Any]]) -> OptimizerCapture:
+    """Describe an optimizer as it stands; one that is not built yet has no slots."""
+    state = read(optimizer, parameters)
+    row = _row(optimizer)
+    slots: dict[str, dict[str, Leaf]] = {
+        slot: {name: variables.leaf(variable, f"optimizer: {slot} of {name}") for name, variable in entries.items()}
+        for slot, entries in state.slots.items()
+    }
+    inner = _innermost(optimizer)
+    keys = {"learning_rate": _learning_rate(optimizer), "weight_decay": getattr(inner, "weight_decay", None)}
+    if row:
+        keys |= {name: getattr(inner, attribute, None) for name, attribute in row.keys.items()}
+    hyperparameters: dict[str, Hyperparameter] = {
+        name: to_number(value) for name, value in keys.items() if isinstance(value, bool | int | float)
+    }
+    trained = tuple(name for name, _ in _trained(inner, parameters))
+    return OptimizerCapture(
+        type=_type_name(optimizer),
+        family=row.family if row else optimizers.CUSTOM,
+        slots=slots,
+        meanings={slot: _meaning(slot, row) for slot in slots},
+        groups=[ParameterGroup(parameters=trained, hyperparameters=hyperparameters)],
+        conventions=_conventions(inner, row, state),
+        step=int(keras.ops.convert_to_numpy(inner.iterations)),
+        native={
+            "built": bool(optimizer.built),
+            "others": {name: variables.leaf(variable, f"optimizer: {name}") for name, variable in state.others.items()},
+        },
+        learning_rate=_learning_rate(optimizer),
+    )
+
+
+def prepare(optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]], section: str) -> Restore:
+    """Compare an optimizer with a stored one. One that is not built yet is built first, which only adds empty slots."""
+    if stored.type.rpartition(".")[2] != type(optimizer).__name__:
+        problem = Problem("value", section, "class", stored=stored.type, live=_type_name(optimizer))
+        return Restore(apply=lambda: optimizer, problems=[problem])
+    if stored.native["built"] and not optimizer.built:
+        optimizer.build([variable for _, variable in parameters])
+    state = read(optimizer, parameters)
+    others: dict[str, StoredTensor] = {name: ref.stored for name, ref in stored.native["others"].items()}
+    pairs = [(name, others.get(name), state.others.get(name)) for name in {**others, **state.others}]
+    for slot in {**stored.slots, **state.slots}:
+        saved, live = stored.slots.get(slot, {}), state.slots.get(slot, {})
+        pairs += [(f"{slot} of {name}", saved.get(name), live.get(name)) for name in {**saved, **live}]
+    found = [(variables.compare(section, name, saved, live), saved, live) for name, saved, live in pairs]
+
+    def apply() -> Any:
+        for problem, saved, live in found:
+            if problem is None and saved is not None:
+                live.assign(variables.tensor(saved))
+        return optimizer
+
+    slots = [tensor for entries in stored.slots.values() for tensor in entries.values()]
+    return Restore(
+        apply=apply,
+        problems=[problem for problem, _, _ in found if problem],
+        tensors=[*slots, *residue.tensors(stored.native)],
+    )
+
+
+def capture_tree(optimizer: Any) -> dict[str, Any]:
+    """An optimizer as one tree, for where it stands beside the main one; parameters go by their position."""
+    captured = capture(optimizer, [])
+    slots = {slot: dict(entries) for slot, entries in captured.slots.items()}
+    return {"type": captured.type, "slots": slots, "native": captured.native}
+
+
+def prepare_tree(optimizer: Any, tree: Mapping[str, Any], path: str) -> Restore:
+    """The counterpart of `capture_tree`."""
+    if tree["native"]["built"] and not optimizer.built:
+        raise UnsupportedError(f"{path}: the optimizer is not built: call build(variables) before it is restored")
+    slots = {slot: {name: ref.stored for name, ref in entries.items()} for slot, entries in tree["slots"].items()}
+    return prepare(optimizer, StoredOptimizer(type=tree["type"], slots=slots, native=tree["native"]), [], path)
+
+
+def read(optimizer: Any, parameters: Sequence[tuple[str, Any]]) -> State:
+    """Every variable of an optimizer, once."""
+    slots: dict[str, dict[str, Any]] = {}
+    others: dict[str, Any] = {}
+    taken: set[int] = set()
+    for prefix, part in _parts(optimizer, ()):
+        own = {id(variable): variable for variable in part.variables}
+        trained = _trained(part, parameters)
+        for attribute, value in vars(part).items():
+            if attribute == "_variables":
+                continue  # the list of all of them
+            items = list(value) if isinstance(value, list | tuple) else [value]
+            mine = [item for item in items if isinstance(item, keras.Variable) and id(item) in own and id(item) not in taken]
+            name = names.join((*prefix, attribute.lstrip("_")))
+            if not mine:
+                continue
+            if isinstance(value, list | tuple) and len(items) == len(trained):
+                # None stands where a parameter has no such slot.
+                slots[name] = {p: item for (p, _), item in zip(trained, items, strict=True) if isinstance(item, keras.Variable)}
+            elif isinstance(value, list | tuple):
+                others |= {f"{name}/{index}": item for index, item in enumerate(mine)}
+            else:
+                others[name] = value
+            taken |= {id(item) for item in mine}
+    rest = [variable for variable in optimizer.variables if id(variable) not in taken]
+    others |= {f"variables/{index}": variable for index, variable in enumerate(rest)}
+    return State(slots, others)
+
+
+def _parts(optimizer: Any, prefix: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """An optimizer and all those it wraps, each with the attributes that lead to it; wrapped ones first."""
+    for attribute, value in vars(optimizer).items():
+        if isinstance(value, keras.optimizers.Optimizer):
+            yield from _parts(value, (*prefix, attribute.lstrip("_")))
+        elif isinstance(value, list | tuple):
+            for index, item in enumerate(value):
+                if isinstance(item, keras.optimizers.Optimizer):
+                    yield from _parts(item, (*prefix, attribute.lstrip("_"), str(index)))
+    yield prefix, optimizer
+
+
+def _trained(optimizer: Any, parameters: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """The variables that an optimizer was built for, in its order, with the names of the model's weights."""
+    known = {id(variable): name for name, variable in parameters}
+    built_for = getattr(optimizer, "_trainable_variables", [])
+    return [(known.get(id(variable), f"parameter {index}"), variable) for index, variable in enumerate(built_for)]
+
+
+def _innermost(optimizer: Any) -> Any:
+    while isinstance(inner := getattr(optimizer, "inner_optimizer", None), keras.optimizers.Optimizer):
+        optimizer = inner
+    return optimizer
+
+
+def _row(optimizer: Any) -> Row | None:
+    """The row of the built-in class whose `update_step` runs; a subclass that replaces it may mean anything."""
+    inner = _innermost(optimizer)
+    if not type(inner).update_step.__module__.startswith("keras."):
+        return None
+    return next((_ROWS[kind.__name__] for kind in type(inner).__mro__ if kind.__name__ in _ROWS), None)
+
+
+def _meaning(slot: str, row: Row | None) -> str:
+    attribute = names.split(slot)[-1]
+    return _WRAPPED.get(attribute) or (row.slots.get(attribute, optimizers.CUSTOM) if row else optimizers.CUSTOM)
+
+
+def _conventions(optimizer: Any, row: Row | None, state: State) -> dict[str, str]:
+    if row is None:
+        return {}
+    accumulates = {"accumulator": "sum"} if any("accumulated_gradients" in slot for slot in state.slots) else {}
+    decays = {"weight_decay": "decoupled"} if getattr(optimizer, "weight_decay", None) is not None else {}
+    return {**row.conventions, **decays, **accumulates}
+
+
+def _learning_rate(optimizer: Any) -> float | None:
+    """The rate of the next update; None for an optimizer of several."""
+    try:
+        return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
+    except (ValueError, AttributeError):
+        return None
+
+
+def _type_name(value: Any) -> str:
+    return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -1,0 +1,155 @@
+"""Keras variables and backend tensors to leaves and back, and names that hold in every process."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import keras
+import numpy as np
+
+from polyckpt import registry
+from polyckpt.checkpoint import StoredTensor
+from polyckpt.dtypes import DTYPES
+from polyckpt.errors import Problem, UnsupportedError
+from polyckpt.leaves import Leaf
+
+KIND = "keras"
+SEED_STATE = "seed_generator_state"
+
+
+def backend_adapter() -> Any:
+    """The adapter that owns the backend's tensors; None on TensorFlow, whose tensors this one handles."""
+    name = keras.backend.backend()
+    return None if name == "tensorflow" else registry.named(name)
+
+
+def leaf(variable: Any, what: str) -> Leaf:
+    """The leaf of a Keras variable or a tensor of the backend. Raises UnsupportedError, naming `what`."""
+    tensor = variable.value if isinstance(variable, keras.Variable) else variable
+    if owner := backend_adapter():
+        try:
+            found = owner.leaf(tensor)
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{what}: {error}") from error
+        if isinstance(found, Leaf):
+            return dataclasses.replace(found, kind=KIND)
+    dtype = keras.backend.standardize_dtype(tensor.dtype)
+    if dtype not in DTYPES:
+        raise UnsupportedError(f"{what}: element type {dtype} is not part of the format")
+    return Leaf(
+        dtype=dtype,
+        shape=tuple(tensor.shape),
+        read=lambda: np.ascontiguousarray(keras.ops.convert_to_numpy(tensor)),
+        kind=KIND,
+    )
+
+
+def tensor(stored: StoredTensor) -> Any:
+    """A stored tensor as a new tensor of the backend, which shares memory with nothing."""
+    if owner := backend_adapter():
+        return owner.tensor(stored, owner.name)
+    return keras.ops.convert_to_tensor(stored.numpy().copy())
+
+
+def show(variable: Any) -> str:
+    """A live variable as errors show it: `float32[2, 3]`."""
+    return f"{keras.backend.standardize_dtype(variable.dtype)}{list(variable.shape)}"
+
+
+def compare(section: str, name: str, stored: StoredTensor | None, live: Any | None) -> Problem | None:
+    """What keeps `stored` from being assigned to the variable `live`, if anything does."""
+    if stored is None or live is None:
+        kind = "missing" if stored is None else "unexpected"
+        return Problem(
+            kind,  # type: ignore[arg-type]
+            section,
+            name,
+            **({"stored": str(stored)} if stored is not None else {}),
+            **({"live": show(live)} if live is not None else {}),
+        )
+    if stored.shape != tuple(live.shape):
+        return Problem("shape", section, name, stored=str(stored), live=show(live))
+    if stored.dtype != keras.backend.standardize_dtype(live.dtype):
+        return Problem("dtype", section, name, stored=str(stored), live=show(live))
+    return None
+
+
+class Namer:
+    """Canonical names of a model's variables.
+
+    Keras numbers automatic layer names process-wide: the same code gives `dense_1` here and `dense_7` there. So a segment of
+    a variable's path that looks automatic (the snake-case name of a layer's class, with or without a number) is numbered
+    anew, per model, in the order of first appearance; all other segments, which the user chose, stay as they are.
+    """
+
+    def __init__(self, model: Any) -> None:
+        layers = [model, *sublayers(model)]
+        self._automatic: dict[str, str] = {}
+        for layer in layers:
+            # Bidirectional derives the names of its two layers from that of the one it was given.
+            pattern = rf"((?:forward_|backward_)?{re.escape(_snake(type(layer).__name__))})(?:_\d+)?"
+            if automatic := re.fullmatch(pattern, layer.name):
+                self._automatic[layer.name] = automatic[1]
+        self._canonical: dict[str, str] = {}
+        self._counts: dict[str, int] = {}
+        for variable in model.weights:
+            self(variable.path)
+
+    def __call__(self, path: str) -> str:
+        return "/".join(self._segment(segment) for segment in path.split("/"))
+
+    def _segment(self, segment: str) -> str:
+        if segment not in self._automatic:
+            return segment
+        if segment not in self._canonical:
+            base = self._automatic[segment]
+            count = self._counts[base] = self._counts.get(base, -1) + 1
+            self._canonical[segment] = f"{base}_{count}" if count else base
+        return self._canonical[segment]
+
+
+def weights(model: Any) -> dict[str, Any]:
+    """A model's weights, without random states and metrics, by canonical name; a name that recurs is numbered "...:1"."""
+    namer = Namer(model)
+    found: dict[str, Any] = {}
+    for variable in model.weights:
+        name, recurrence = namer(variable.path), 0
+        while (unique := f"{name}:{recurrence}" if recurrence else name) in found:
+            recurrence += 1
+        found[unique] = variable
+    return found
+
+
+def seed_states(model: Any) -> list[Any]:
+    """The states of all seed generators of a model, in its own order."""
+    return [variable for variable in model.variables if variable.path.rpartition("/")[2] == SEED_STATE]
+
+
+def sublayers(layer: Any) -> Iterator[Any]:
+    """Every layer inside `layer`, each once, in the order of a functional graph or of definition."""
+    seen = {id(layer)}
+
+    def walk(parent: Any) -> Iterator[Any]:
+        for child in children(parent):
+            if id(child) not in seen:
+                seen.add(id(child))
+                yield child
+                yield from walk(child)
+
+    yield from walk(layer)
+
+
+def children(layer: Any) -> Sequence[Any]:
+    """The layers directly inside `layer`."""
+    own: Iterable[Any] = layer.layers if isinstance(layer, keras.Model) else layer._flatten_layers(False, False)
+    return list(own)
+
+
+def _snake(name: str) -> str:
+    """The base of Keras's automatic names for a class."""
+    name = re.sub(r"\W+", "", name)
+    name = re.sub("(.)([A-Z][a-z]+)", r"\1_\2", name)
+    return re.sub("([a-z])([A-Z])", r"\1_\2", name).lower()
