@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import operator
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def save(
     >>> polyckpt.load(path, {"w": np.zeros(3)}).model["w"]
     array([1., 1., 1.])
     """
-    target = Path(os.path.abspath(path))
+    target = local.absolute(path)
     adapter = registry.adapter_for(model, "model")
     parts = adapter.parts(model, optimizer)
     captured = adapter.capture_model(parts.model)
@@ -176,7 +177,8 @@ def load(
     )
     prepared["model"] = adapter.prepare_model(parts.model, stored_model, rng=restore_rng)
     if restore_rng:
-        for name, tree in (native.get("rng") or {}).items():
+        # The host's last of all: making what another framework needs may draw from Python's or NumPy's state.
+        for name, tree in sorted((native.get("rng") or {}).items(), key=lambda item: item[0] == registry.HOST):
             prepared[f"rng {name}"] = registry.named(name).prepare_rng(tree)
 
     problems = tuple(problem for restore in prepared.values() for problem in restore.problems)
@@ -243,7 +245,13 @@ class _Sections:
 
     def add_state(self, path: tuple[Any, ...], leaf: Leaf) -> str:
         """Add a tensor of native residue under its path."""
-        return self.add("state", join(path), leaf)
+        name = join(path)
+        suffix = 1
+        # Keys of different types may be written alike, and a key may itself be a tensor.
+        while name in self._leaves["state"]:
+            suffix += 1
+            name = join([*path, f"({suffix})"])
+        return self.add("state", name, leaf)
 
     def write(
         self, directory: Path, metadata: Mapping[str, str]
@@ -299,22 +307,52 @@ def _decode_native(checkpoint: Checkpoint) -> dict[str, Any]:
     state = checkpoint.state.stored
 
     def tensor(name: str, kind: str) -> residue.TensorRef:
+        registry.check_known(_package(kind))
         return residue.TensorRef(state[name], lambda: registry.named(_package(kind)).tensor(state[name], kind))
 
     def constant(value: Any, kind: str) -> Any:
         return registry.named(_package(kind)).constant(value, kind)
 
-    native: dict[str, Any] = residue.decode(checkpoint.manifest.native, residue.Decoders(tensor=tensor, constant=constant))
-    entries = [*(native.get("extra") or {}).values(), native.get("scheduler")]
-    if not all(
-        entry is None or (isinstance(entry, dict) and {"adapter", "kind", "type", "state"} <= set(entry)) for entry in entries
-    ):
-        raise CorruptError(f"{checkpoint.path}: native: an entry of extra or scheduler lacks adapter, kind, type or state")
+    try:
+        native = residue.decode(checkpoint.manifest.native, residue.Decoders(tensor=tensor, constant=constant))
+    except RecursionError as error:
+        raise CorruptError(f"{checkpoint.path}: native residue is nested too deep") from error
+    if problems := list(_native_problems(native)):
+        raise CorruptError("\n  ".join([f"{checkpoint.path}: native residue is not of the format:", *problems]))
     return native
+
+
+def _native_problems(native: Any) -> Iterator[str]:
+    """What of native residue is not as `save` writes it, one line each."""
+    if not isinstance(native, dict):
+        yield "it is no object"
+        return
+    for member in ("extra", "rng"):
+        if not isinstance(native.get(member) or {}, dict):
+            yield f"{member} is no object"
+            return
+    entries = {f"extra {name}": entry for name, entry in (native.get("extra") or {}).items()}
+    for name, entry in {**entries, "scheduler": native.get("scheduler")}.items():
+        if name == "scheduler" and entry is None:
+            continue
+        texts = [entry.get(member) for member in ("kind", "type")] if isinstance(entry, dict) else [None]
+        if not all(isinstance(text, str) for text in texts) or "state" not in entry:
+            yield f"{name} lacks adapter, kind, type or state"
+        elif not isinstance(entry.get("adapter"), str | None) or "adapter" not in entry:
+            yield f"{name} names no adapter"
+    optimizer = native.get("optimizer")
+    if optimizer is not None and not (
+        isinstance(optimizer, dict) and isinstance(optimizer.get("adapter"), str) and "state" in optimizer
+    ):
+        yield "optimizer lacks adapter or state"
+    if not all(isinstance(name, str) for name in native.get("rng") or {}):
+        yield "rng: an adapter's name is no string"
 
 
 def _package(kind: str) -> str:
     """The adapter of a leaf or constant: its kind up to the first dot."""
+    if not isinstance(kind, str):
+        raise TypeError(f"{kind!r} is no kind of a tensor or constant")
     return kind.partition(".")[0]
 
 
@@ -369,7 +407,9 @@ def _apply(prepared: Mapping[str, Restore]) -> dict[str, Any]:
         except BaseException:
             for earlier in reversed(done):
                 if earlier.undo:
-                    earlier.undo()
+                    # One that cannot go back must not keep the others from it, nor hide the error.
+                    with contextlib.suppress(Exception):
+                        earlier.undo()
             raise
     return results
 
@@ -377,8 +417,11 @@ def _apply(prepared: Mapping[str, Restore]) -> dict[str, Any]:
 def _scalar(value: Scalar, what: str) -> float | int:
     try:
         number = value.item() if hasattr(value, "item") else value.numpy().item() if hasattr(value, "numpy") else value
-        return number if isinstance(number, int) and not isinstance(number, bool) else float(number)
-    except (TypeError, ValueError, RuntimeError) as error:
+        if isinstance(number, str | bytes):
+            raise TypeError("text is no number")
+        whole = isinstance(number, int) and not isinstance(number, bool) and abs(number) < 1 << 1024
+        return int(number) if whole else float(number)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
         kind = f"{type(value).__module__}.{type(value).__qualname__}"
         raise UnsupportedError(f"{what}: {value!r:.200} ({kind}) is not one number: {error}") from error
 
@@ -400,10 +443,11 @@ def _count(value: Any, what: str) -> int | None:
         return None
     try:
         count = operator.index(value.item() if hasattr(value, "item") else value)
-    except (TypeError, ValueError) as error:
-        raise UnsupportedError(f"{what}: {value!r} is not a whole number") from error
-    if count < 0:
-        raise UnsupportedError(f"{what}: {count} is negative; it counts what is completed")
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise UnsupportedError(f"{what}: {value!r:.200} is not a whole number") from error
+    if not 0 <= count < 1 << 63:
+        size = "negative" if count < 0 else "too large"
+        raise UnsupportedError(f"{what}: a count of {count.bit_length()} bits is {size}; it counts what is completed")
     return count
 
 

@@ -14,10 +14,12 @@ import numpy as np
 from polyckpt import manifest as manifest_file
 from polyckpt.checksums import BLOCK_BYTES, Hasher
 from polyckpt.dtypes import lookup
-from polyckpt.errors import CorruptError, StorageError
+from polyckpt.errors import CheckpointError, CorruptError, StorageError
 from polyckpt.schema import Chunk, Manifest, Tensor
 from polyckpt.storage import local
 from polyckpt.storage.tensor_file import TensorFileReader
+
+_ATTEMPTS = 20
 
 
 class StoredTensor:
@@ -71,10 +73,12 @@ class StoredTensor:
 
     def _assembled(self) -> np.ndarray:
         dtype = lookup(self.dtype, self.name).numpy
+        # All chunks first: a manifest may claim more than the files hold, and memory is not taken on its word.
+        parts = [self._chunk_bytes(chunk) for chunk in self._tensor.chunks]
         whole = np.empty(self.shape, dtype)
-        for chunk in self._tensor.chunks:
+        for chunk, part in zip(self._tensor.chunks, parts, strict=True):
             box = tuple(slice(offset, offset + size) for offset, size in zip(chunk.offset, chunk.shape, strict=True))
-            whole[box] = self._chunk_bytes(chunk).view(dtype).reshape(chunk.shape)
+            whole[box] = part.view(dtype).reshape(chunk.shape)
         return whole
 
     def _chunk_bytes(self, chunk: Chunk) -> np.ndarray:
@@ -122,8 +126,23 @@ class Checkpoint:
         verify: compare each tensor's bytes with its checksum when it is first read.
         Raises NotACheckpointError, CorruptError, VersionError or StorageError; each says what was found instead.
         """
-        self.path = local.locate(Path(path))
         self.verifies = verify
+        wanted = local.absolute(path)
+        for _ in range(_ATTEMPTS):
+            self.path = local.locate(wanted)
+            before = _identity(self.path)
+            try:
+                self._open()
+            except (CheckpointError, StorageError):
+                # A save may have replaced the checkpoint meanwhile; what was opened first is then gone.
+                if _identity(self.path) == before:
+                    raise
+            else:
+                if _identity(self.path) == before:
+                    return
+        raise CorruptError(f"{self.path}: replaced {_ATTEMPTS} times while it was being opened")
+
+    def _open(self) -> None:
         manifest_path = self.path / manifest_file.FILE_NAME
         decoded = manifest_file.decode(_read(manifest_path), str(manifest_path))
         self.manifest: Manifest = decoded.manifest
@@ -175,6 +194,15 @@ def verify_all(tensors: Iterable[StoredTensor]) -> None:
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
         for _ in pool.map(StoredTensor.verify, tensors):
             pass
+
+
+def _identity(path: Path) -> tuple[int, int, int] | None:
+    """What differs between a directory and another one that takes its place."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_dev, status.st_ino, status.st_mtime_ns
 
 
 def _read(path: Path) -> bytes:

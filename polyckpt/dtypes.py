@@ -6,6 +6,7 @@ the same size (`stored_code`), with trailing axes where one element needs severa
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import cache
 
@@ -85,6 +86,29 @@ def _numpy(name: str) -> np.dtype:
 
         found: np.dtype = np.dtype(getattr(ml_dtypes, name))
         return found
+
+
+MAX_AXES = 64
+"""What NumPy can hold."""
+
+
+def size_problem(shape: tuple[int, ...], itemsize: int) -> str | None:
+    """What is wrong with `shape`, cheaply even where it is absurd; None where nothing is.
+
+    >>> size_problem((2, -1), 4)
+    'shape [2, -1] has a negative size'
+    >>> size_problem((0, 1 << 62), 4)
+    'shape [0, 4611686018427387904] is too large to address'
+    """
+    if len(shape) > MAX_AXES:
+        return f"its shape has {len(shape)} axes; at most {MAX_AXES} are allowed"
+    if any(not 0 <= size < 1 << 63 for size in shape):
+        # str() of a longer integer would raise.
+        shown = [size if abs(size) < 1 << 64 else "..." for size in shape]
+        return f"shape {shown} has a {'negative' if min(shape) < 0 else 'too large'} size"
+    if math.prod(size or 1 for size in shape) * itemsize >= 1 << 63:
+        return f"shape {list(shape)} is too large to address"
+    return None
 
 
 def lookup(name: str, where: str) -> Dtype:

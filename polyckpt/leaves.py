@@ -35,6 +35,8 @@ def array_leaf(array: np.ndarray, kind: str = "numpy") -> Leaf:
     if dtype.hasobject or dtype.names or dtype.kind in "OSUMm" or dtype.name.startswith(("void", "longdouble")):
         raise UnsupportedError(f"a NumPy array of dtype {dtype} cannot be stored: only numbers and booleans can")
     pointer = array.__array_interface__["data"][0]
+    if isinstance(array, np.ma.MaskedArray):
+        raise UnsupportedError("a masked array cannot be stored: its mask would be lost. Store data and mask apart")
     return Leaf(
         dtype=dtype.name,
         shape=array.shape,

@@ -9,14 +9,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from polyckpt import residue
 from polyckpt.checksums import PREFIX, checksum
-from polyckpt.errors import CorruptError, VersionError
-from polyckpt.schema import FORMAT_MAJOR, FORMAT_MINOR, FORMAT_NAME, Manifest, Tensor
+from polyckpt.dtypes import DTYPES, size_problem
+from polyckpt.errors import CorruptError, UnsupportedError, VersionError
+from polyckpt.schema import FORMAT_MAJOR, FORMAT_MINOR, FORMAT_NAME, Chunk, Manifest, Tensor
 
 FILE_NAME = "manifest.json"
 MAX_BYTES = 1 << 30
+MAX_NATIVE_DEPTH = 4 * residue.MAX_DEPTH
+"""Levels of JSON in native residue: one of its own levels takes up to three."""
 VERSION = f"{FORMAT_MAJOR}.{FORMAT_MINOR}"
 
 _SEAL = re.compile(rb',\n  "checksum": "' + PREFIX.encode() + rb'[0-9a-f]{32}"\n}\n\Z')
@@ -32,9 +36,17 @@ class Decoded:
 
 
 def encode(manifest: Manifest, unknown: dict[str, Any] | None = None) -> bytes:
-    """The sealed bytes of `manifest`, with the `unknown` members of an earlier decode put back."""
+    """The sealed bytes of `manifest`, with the `unknown` members of an earlier decode put back.
+
+    Raises UnsupportedError for a string or a number that has no form in JSON.
+    """
     members = _merge(msgspec.to_builtins(manifest), unknown or {})
-    body = msgspec.json.format(msgspec.json.encode(members), indent=2).removesuffix(b"\n}")
+    _check_finite(members)
+    try:
+        text = msgspec.json.encode(members)
+    except UnicodeEncodeError as error:
+        raise UnsupportedError(f"the manifest would hold {error.object!r}, which is not valid Unicode") from error
+    body = msgspec.json.format(text, indent=2).removesuffix(b"\n}")
     return body + b',\n  "checksum": "' + checksum(body).encode() + b'"\n}\n'
 
 
@@ -56,9 +68,13 @@ def decode(data: bytes, source: str) -> Decoded:
         manifest = msgspec.convert(raw, Manifest, strict=True)
     except (msgspec.ValidationError, RecursionError) as error:
         raise CorruptError(f"{source}: {error}") from error
+    if _deeper(manifest.native, MAX_NATIVE_DEPTH):
+        raise CorruptError(f"{source}: native: nested deeper than {MAX_NATIVE_DEPTH} levels")
     if problems := list(_problems(manifest)):
         raise CorruptError("\n  ".join([f"{source}: contradicts itself:", *problems]))
-    return Decoded(manifest, _leftover(raw, msgspec.to_builtins(manifest)))
+    known = msgspec.to_builtins(manifest)
+    known["native"] = raw["native"]  # all of it is known, to any depth
+    return Decoded(manifest, _leftover(raw, known))
 
 
 def json_schema() -> dict[str, Any]:
@@ -95,10 +111,15 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     for name in manifest.files:
         if not _TENSOR_FILE_NAME.match(name):
             yield f"files: {name!r} is not a plain name of a .safetensors file inside the checkpoint"
+    used: set[tuple[str, str]] = set()
     for section, tensors in manifest.tensors.items():
         for name, tensor in tensors.items():
             for problem in _chunk_problems(tensor, manifest):
                 yield f"tensors: {section}: {name}: {problem}"
+            for chunk in tensor.chunks:
+                if (chunk.file, chunk.key) in used:
+                    yield f"tensors: {section}: {name}: {chunk.key} of {chunk.file} is the chunk of another one too"
+                used.add((chunk.file, chunk.key))
     weights = {**manifest.tensors.get("weights", {}), **manifest.model.aliases}
     for alias, target in manifest.model.aliases.items():
         if target not in manifest.tensors.get("weights", {}):
@@ -117,10 +138,10 @@ def _problems(manifest: Manifest) -> Iterator[str]:
 
 
 def _chunk_problems(tensor: Tensor, manifest: Manifest) -> Iterator[str]:
-    if any(size < 0 for size in tensor.shape):
-        yield f"shape {list(tensor.shape)} has a negative size"
+    itemsize = DTYPES[tensor.dtype].itemsize if tensor.dtype in DTYPES else 1
+    if problem := size_problem(tensor.shape, itemsize):
+        yield problem
         return
-    boxes = []
     for chunk in tensor.chunks:
         if chunk.file not in manifest.files:
             yield f"lies in {chunk.file!r}, which is not among the files"
@@ -130,24 +151,52 @@ def _chunk_problems(tensor: Tensor, manifest: Manifest) -> Iterator[str]:
         ):
             yield f"chunk at {list(chunk.offset)} of shape {list(chunk.shape)} is not inside {list(tensor.shape)}"
             return
-        boxes.append(list(zip(chunk.offset, chunk.shape, strict=True)))
     covered = sum(math.prod(chunk.shape) for chunk in tensor.chunks)
     if covered != math.prod(tensor.shape) or not tensor.chunks:
         yield f"chunks hold {covered} elements of {math.prod(tensor.shape)}"
-    elif len(boxes) > 1 and _any_overlap(boxes):
+    elif len(tensor.chunks) > 1 and _any_overlap(tensor.chunks):
         yield "chunks overlap"
 
 
-def _any_overlap(boxes: list[list[tuple[int, int]]]) -> bool:
-    """Whether two boxes share an element; sorted along the first axis so that only neighbours are compared."""
-    boxes = sorted(boxes)
-    for index, box in enumerate(boxes):
-        for other in boxes[index + 1 :]:
-            if box and other[0][0] >= box[0][0] + box[0][1]:
-                break
-            if all(a < b + m and b < a + n for (a, n), (b, m) in zip(box, other, strict=True)):
-                return True
-    return False
+def _any_overlap(chunks: tuple[Chunk, ...]) -> bool:
+    """Whether two chunks share an element. Sorted along the axis with most cuts, so that few are compared with few."""
+    boxes = np.array([(chunk.offset, chunk.shape) for chunk in chunks if 0 not in chunk.shape], np.int64)
+    if len(boxes) < 2:
+        return False
+    axis = max(range(boxes.shape[2]), key=lambda axis: len(np.unique(boxes[:, 0, axis])))
+    boxes = boxes[np.argsort(boxes[:, 0, axis])]
+    starts, ends = boxes[:, 0], boxes[:, 0] + boxes[:, 1]
+    reach = np.searchsorted(starts[:, axis], ends[:, axis])
+    return any(
+        ((starts[i + 1 : stop] < ends[i]) & (starts[i] < ends[i + 1 : stop])).all(axis=1).any() for i, stop in enumerate(reach)
+    )
+
+
+def _deeper(tree: Any, limit: int) -> bool:
+    """Whether JSON is nested deeper than `limit`, found without recursion."""
+    level = [tree]
+    for _ in range(limit + 1):
+        level = [child for node in level if isinstance(node, dict | list) for child in _children(node)]
+    return bool(level)
+
+
+def _children(node: Any) -> Any:
+    return node.values() if isinstance(node, dict) else node
+
+
+def _check_finite(members: dict[str, Any]) -> None:
+    """Raise for a NaN or an infinity, which the encoder would write as null."""
+    stack = [(key, value) for key, value in members.items() if key not in ("tensors", "files")]
+    while stack:
+        path, value = stack.pop()
+        if isinstance(value, dict):
+            stack += [(f"{path}: {key}", child) for key, child in value.items()]
+        elif isinstance(value, list | tuple):
+            stack += [(f"{path}: {index}", child) for index, child in enumerate(value)]
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise UnsupportedError(
+                f"manifest: {path} is {value}, which JSON lacks; an adapter must pass schema.to_number of it"
+            )
 
 
 def _leftover(raw: Any, known: Any) -> Any:

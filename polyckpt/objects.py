@@ -16,9 +16,9 @@ STATE_DICT = "state_dict"
 
 def capture(value: Any, path: str) -> dict[str, Any]:
     """A tree entry {adapter, kind, type, state} of any object or value. Raises UnsupportedError for a function or a class."""
-    if callable(value) and not hasattr(value, "state_dict") and registry.by_class(value) is None:
-        raise UnsupportedError(f"{path}: {value!r} holds no state that could be saved; rebuild it in code and leave it out")
     adapter = registry.find(value)
+    if callable(value) and not hasattr(value, "state_dict") and adapter is None:
+        raise UnsupportedError(f"{path}: {value!r} holds no state that could be saved; rebuild it in code and leave it out")
     if adapter and (captured := adapter.capture_object(value)):
         kind, state = captured
         return {"adapter": adapter.name, "kind": kind, "type": _type_name(value), "state": state}

@@ -41,20 +41,25 @@ def _load(value: str, package: str) -> Adapter:
         ) from error
 
 
-def named(package: str) -> Adapter:
-    """The adapter for the top-level `package` (an adapter's own name is one). Raises AdapterError with an install hint."""
+def check_known(package: str) -> None:
+    """Raise AdapterError where no adapter is registered for the top-level `package`."""
     entries = _entries()
     if package not in entries:
         raise AdapterError(
             f"no adapter is registered for {package!r}; there are adapters for {', '.join(sorted(entries)) or 'nothing'}. "
             f"Install the distribution that provides it, or reinstall polyckpt if its own are missing"
         )
-    return _load(entries[package].value, package)
+
+
+def named(package: str) -> Adapter:
+    """The adapter for the top-level `package` (an adapter's own name is one). Raises AdapterError with an install hint."""
+    check_known(package)
+    return _load(_entries()[package].value, package)
 
 
 def find(value: Any) -> Adapter | None:
     """The adapter for `value`: by its class, by what it contains, or because a framework in use recognises it."""
-    packages = set(_packages(value, 0))
+    packages = set(_packages(value))
     if len(packages) > 1:
         packages.discard(HOST)
     if len(packages) > 1:
@@ -81,14 +86,20 @@ def by_class(value: Any) -> Adapter | None:
     return None
 
 
-def _packages(value: Any, depth: int) -> Iterator[str]:
-    if adapter := by_class(value):
-        yield adapter.name
-    elif isinstance(value, Mapping | list | tuple) and depth < 50:
-        for child in value.values() if isinstance(value, Mapping) else value:
-            yield from _packages(child, depth + 1)
-    elif not isinstance(value, str | bytes | int | float | complex | None):
-        for package in _entries():
-            if package in sys.modules and package != HOST and named(package).recognises(value):
-                yield named(package).name
-                return
+def _packages(value: Any) -> Iterator[str]:
+    # No recursion, and each container once: what is searched may contain itself.
+    seen: dict[int, Any] = {}
+    stack = [value]
+    while stack:
+        node = stack.pop()
+        if adapter := by_class(node):
+            yield adapter.name
+        elif isinstance(node, Mapping | list | tuple):
+            if id(node) not in seen:
+                seen[id(node)] = node
+                stack.extend(node.values() if isinstance(node, Mapping) else node)
+        elif not isinstance(node, str | bytes | int | float | complex | None):
+            for package in _entries():
+                if package in sys.modules and package != HOST and named(package).recognises(node):
+                    yield named(package).name
+                    break

@@ -3,7 +3,7 @@
 ==================  =============================================================
 Python              JSON
 ==================  =============================================================
-None, bool, int,    themselves (integers of any size)
+None, bool, int,    themselves (integers to 4300 digits)
 str, finite float
 nan, inf, -inf      {"$float": "nan"}
 complex             {"$complex": [real, imaginary]}
@@ -27,7 +27,6 @@ is refused by its path.
 from __future__ import annotations
 
 import base64
-import binascii
 import math
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterator
@@ -90,7 +89,9 @@ def encode(
         return encode(child, leaf=leaf, add_tensor=add_tensor, path=(*path, key))
 
     kind = type(value)
-    if value is None or kind in (bool, int, str):
+    if kind in (int, str):
+        return _plain(value, path)
+    if value is None or kind is bool:
         return value
     if kind is float:
         return value if math.isfinite(value) else {"$float": repr(value)}
@@ -101,7 +102,7 @@ def encode(
     if kind is list:
         return [inner(child, index) for index, child in enumerate(value)]
     if kind is dict and all(type(key) is str and not key.startswith("$") for key in value):
-        return {key: inner(child, key) for key, child in value.items()}
+        return {_plain(key, path): inner(child, key) for key, child in value.items()}
     if kind in _MAPPINGS:
         return {_MAPPINGS[kind]: [[inner(key, "key"), inner(child, key)] for key, child in value.items()]}
     if kind in _SEQUENCES:
@@ -109,7 +110,10 @@ def encode(
         return {tag: [inner(child, index) for index, child in enumerate(ordered(value))]}
     if kind is deque:
         return {"$deque": [inner(child, index) for index, child in enumerate(value)], "maxlen": value.maxlen}
-    converted = value if isinstance(value, Leaf | Constant) else leaf(value)
+    try:
+        converted = value if isinstance(value, Leaf | Constant) else leaf(value)
+    except UnsupportedError as error:
+        raise UnsupportedError(f"{show(path)}: {error}") from error
     if isinstance(converted, Leaf):
         return {"$tensor": add_tensor(path, converted), "kind": converted.kind}
     if isinstance(converted, Constant):
@@ -118,6 +122,17 @@ def encode(
         f"{show(path)}: a {kind.__module__}.{kind.__qualname__} cannot be stored. Storable are numbers, strings, None, bytes, "
         "lists, tuples, dicts, sets, arrays, and objects with state_dict() and load_state_dict()"
     )
+
+
+def _plain(value: int | str, path: tuple[Any, ...]) -> int | str:
+    """`value`, which must have a JSON form."""
+    try:
+        value.encode() if isinstance(value, str) else str(value)
+    except UnicodeEncodeError as error:
+        raise UnsupportedError(f"{show(path)}: {value!r} is not valid Unicode") from error
+    except ValueError as error:  # the interpreter's limit on digits, which the reader has too
+        raise UnsupportedError(f"{show(path)}: an integer of {value.bit_length()} bits is too large") from error
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +154,7 @@ def decode(data: Any, decoders: Decoders) -> Any:
         return {key: decode(child, decoders) for key, child in data.items()}
     try:
         return _TAGS[tags[0]](data, decoders)
-    except (KeyError, TypeError, ValueError, IndexError, binascii.Error) as error:
+    except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise CorruptError(f"native residue holds {_clip(data)}, which is not of the format: {error!r}") from error
 
 
@@ -150,8 +165,8 @@ def live(tree: Any) -> Any:
         return tree.make()
     if kind in (list, tuple, set, frozenset):
         return kind(live(child) for child in tree)
-    if kind in (dict, OrderedDict):
-        return kind((live(key), live(child)) for key, child in tree.items())
+    if kind in _MAPPINGS:
+        return kind({live(key): live(child) for key, child in tree.items()})
     if kind is deque:
         return deque((live(child) for child in tree), tree.maxlen)
     return tree

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import random
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from typing import Any, ClassVar
 
 import numpy as np
@@ -19,7 +20,8 @@ from polyckpt.adapter import (
     StoredOptimizer,
 )
 from polyckpt.checkpoint import StoredTensor
-from polyckpt.errors import Problem, UnsupportedError
+from polyckpt.dtypes import DTYPES
+from polyckpt.errors import CorruptError, PolyckptError, Problem, UnsupportedError
 from polyckpt.leaves import Leaf, array_leaf
 from polyckpt.residue import Constant
 
@@ -49,12 +51,14 @@ class NumpyAdapter:
         return OptimizerCapture(type=_type_name(optimizer), family="custom", slots={_SLOTS: slots}, native=native)
 
     def prepare_model(self, model: Any, stored: StoredModel, *, rng: bool) -> Restore:
-        return _prepare_tree(model, stored.weights, stored.native or {}, "weights")
+        return _prepare_tree(model, stored.weights, stored.native, "weights")
 
     def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, model: Any) -> Restore:
-        return _prepare_tree(optimizer, stored.slots.get(_SLOTS, {}), stored.native or {}, "optimizer")
+        return _prepare_tree(optimizer, stored.slots.get(_SLOTS, {}), stored.native, "optimizer")
 
     def capture_object(self, value: Any) -> tuple[str, Any] | None:
+        if isinstance(value, random.SystemRandom):
+            raise UnsupportedError("a random.SystemRandom has no state that could be saved")
         for kind, (cls, get, _) in _GENERATORS.items():
             if isinstance(value, cls):
                 return kind, get(value)
@@ -64,10 +68,12 @@ class NumpyAdapter:
         if kind not in _GENERATORS or not isinstance(value, _GENERATORS[kind][0]):
             problem = Problem("value", "extra", path, stored=f"a {kind}", live=f"a {type(value).__name__}")
             return Restore(apply=lambda: value, problems=[problem])
-        if kind == "numpy.Generator" and (live := _GENERATORS[kind][1](value)["bit_generator"]) != tree["bit_generator"]:
-            problem = Problem("value", "extra", path, stored=tree["bit_generator"], live=live)
-            return Restore(apply=lambda: value, problems=[problem])
         _, get, put = _GENERATORS[kind]
+        live, stored = (get(value), tree) if isinstance(tree, dict) else ({}, {})
+        if live.get("bit_generator") != stored.get("bit_generator"):
+            names_of = {"stored": str(stored.get("bit_generator")), "live": str(live.get("bit_generator"))}
+            return Restore(apply=lambda: value, problems=[Problem("value", "extra", path, **names_of)])
+        _try(lambda: put(copy.deepcopy(value), residue.live(tree)), path)
         before: list[Any] = []
 
         def apply() -> Any:
@@ -82,8 +88,15 @@ class NumpyAdapter:
         return {"python": _python_state(random), "numpy": np.random.get_state(legacy=False)}
 
     def prepare_rng(self, tree: Any) -> Restore:
+        state = _try(lambda: residue.live(tree), "rng")
+        stored, live = _try(lambda: state["numpy"]["bit_generator"], "rng"), np.random.get_state(legacy=False)["bit_generator"]
+        if stored != live:
+            return Restore(apply=lambda: None, problems=[Problem("value", "rng", "numpy", stored=str(stored), live=str(live))])
+        # On copies first, since nothing that comes so late in a load may fail.
+        _try(lambda: _set_python_state(random.Random(0), state["python"]), "rng python")
+        _try(lambda: np.random.RandomState(copy.deepcopy(np.random.get_bit_generator())).set_state(state["numpy"]), "rng numpy")
+
         def apply() -> None:
-            state = residue.live(tree)
             _set_python_state(random, state["python"])
             np.random.set_state(state["numpy"])
 
@@ -95,7 +108,8 @@ class NumpyAdapter:
         if isinstance(value, np.generic):
             return array_leaf(np.asarray(value), "numpy.scalar")
         if isinstance(value, np.dtype):
-            return Constant("numpy.dtype", value.name)
+            # By name, which says nothing of byte order or fields: only types whose name says all.
+            return Constant("numpy.dtype", value.name) if value.name in DTYPES and DTYPES[value.name].numpy == value else None
         return None
 
     def tensor(self, stored: StoredTensor, kind: str) -> Any:
@@ -103,9 +117,19 @@ class NumpyAdapter:
         return array[()] if kind == "numpy.scalar" else array
 
     def constant(self, value: Any, kind: str) -> Any:
-        if kind != "numpy.dtype":
-            raise ValueError(f"{kind!r} is no constant of NumPy")
-        return np.dtype(value)
+        if kind != "numpy.dtype" or value not in DTYPES:
+            raise ValueError(f"{kind!r} {value!r} is no constant of NumPy")
+        return DTYPES[value].numpy
+
+
+def _try(action: Callable[[], Any], what: str) -> Any:
+    """Run an action on copies that fails where a stored random state is not one."""
+    try:
+        return action()
+    except PolyckptError:
+        raise
+    except Exception as error:
+        raise CorruptError(f"{what}: the checkpoint holds no valid random state: {error!r}") from error
 
 
 def _python_state(generator: Any) -> dict[str, Any]:
@@ -114,6 +138,8 @@ def _python_state(generator: Any) -> dict[str, Any]:
 
 
 def _set_python_state(generator: Any, state: Mapping[str, Any]) -> None:
+    if not isinstance(state["gauss"], float | None):
+        raise TypeError(f"gauss is {state['gauss']!r}")
     generator.setstate((state["version"], tuple(int(word) for word in state["words"]), state["gauss"]))
 
 
@@ -135,6 +161,10 @@ _GENERATORS: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any, Any], No
 
 def _walk(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Every leaf of nested dicts, lists and tuples with its path."""
+    if len(path) > residue.MAX_DEPTH:
+        raise UnsupportedError(
+            f"{residue.show(path[:6])}...: nested deeper than {residue.MAX_DEPTH} levels, or contains itself"
+        )
     if isinstance(tree, Mapping):
         for key, child in tree.items():
             yield from _walk(child, (*path, key))
@@ -154,13 +184,18 @@ def _flatten(tree: Any, what: str) -> tuple[dict[str, Leaf], dict[str, Any]]:
         if name in arrays or name in others:
             raise UnsupportedError(f"{what}: two entries are named {name!r}: keys that differ only in type")
         if isinstance(leaf, np.ndarray):
-            arrays[name] = array_leaf(leaf)
+            try:
+                arrays[name] = array_leaf(leaf)
+            except UnsupportedError as error:
+                raise UnsupportedError(f"{what}: {name}: {error}") from error
         else:
             others[name] = leaf
     return arrays, others
 
 
 def _prepare_tree(template: Any, tensors: Mapping[str, StoredTensor], others: Mapping[str, Any], section: str) -> Restore:
+    if not isinstance(others, dict):
+        raise CorruptError(f"{section}: native residue is {others!r:.80}, not an object")
     live = {names.join(path): leaf for path, leaf in _walk(template)}
     problems = []
     for name, leaf in live.items():
@@ -202,6 +237,11 @@ def _rebuild(tree: Any, value: Callable[[tuple[Any, ...], Any], Any], path: tupl
     """A tree of the same containers with `value(path, leaf)` for each leaf."""
     if isinstance(tree, Mapping):
         children = {key: _rebuild(child, value, (*path, key)) for key, child in tree.items()}
+        if isinstance(tree, MutableMapping):
+            # Not by its constructor: a defaultdict's wants a factory first.
+            rebuilt = copy.copy(tree)
+            rebuilt.update(children)
+            return rebuilt
         constructor: Callable[[dict[Any, Any]], Any] = type(tree)
         return constructor(children)
     if isinstance(tree, list | tuple):

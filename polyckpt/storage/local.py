@@ -12,6 +12,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import re
 import secrets
 import shutil
 import sys
@@ -23,6 +24,17 @@ from polyckpt.manifest import FILE_NAME
 
 _TEMPORARY_PREFIX = ".polyckpt-tmp-"
 _REPLACED_SUFFIX = ".polyckpt-replaced"
+
+
+def absolute(path: str | os.PathLike[str]) -> Path:
+    """`path` from the root on. ".." stays where it follows a name, since only the system knows what links lie before it."""
+    try:
+        whole = Path(path).absolute()
+    except FileNotFoundError as error:
+        raise StorageError(error.errno, f"{os.fspath(path)!r}: the working directory of this process is gone") from error
+    if "\0" in str(whole):
+        raise StorageError(errno.EINVAL, f"{str(whole)!r}: a path cannot hold a null character")
+    return Path(os.path.realpath(whole)) if whole.name in ("", "..") else whole
 
 
 def locate(path: Path) -> Path:
@@ -40,7 +52,9 @@ def locate(path: Path) -> Path:
         if not path.is_dir():
             raise NotACheckpointError(f"{path}: a file; a checkpoint is a directory with a {FILE_NAME}")
         inside = sorted(child.name for child in path.iterdir() if (child / FILE_NAME).is_file())
-    except PermissionError as error:
+    except NotACheckpointError:
+        raise
+    except OSError as error:
         raise StorageError(error.errno, f"cannot read {path}: {error.strerror}") from error
     hint = f"; it holds the checkpoints {', '.join(inside[-5:])}: name one of them" if inside else ""
     raise NotACheckpointError(f"{path}: a directory without a {FILE_NAME}, so not a checkpoint{hint}")
@@ -101,12 +115,22 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if target.is_symlink() or not target.is_dir():
         what = "a symbolic link" if target.is_symlink() else "a file"
         raise CheckpointExistsError(f"{target}: {what}; polyckpt replaces only checkpoints. Save to another path")
+    if target.samefile(os.curdir):
+        raise CheckpointExistsError(f"{target}: the working directory of this process. Save to another path")
     if not os.listdir(target):
         return
-    if not (target / FILE_NAME).exists():
+    if not _is_manifest(target / FILE_NAME):
         raise CheckpointExistsError(f"{target}: a directory that is no checkpoint, so it is not replaced. Save to another path")
     if not overwrite:
         raise CheckpointExistsError(f"{target}: a checkpoint is there already. Save to another path, or pass overwrite=True")
+
+
+def _is_manifest(path: Path) -> bool:
+    """Whether the file begins as a manifest does; other programs have a manifest.json too."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return re.match(rb'\{\s*"format":\s*"polyckpt"', file.read(100)) is not None
 
 
 def _make_directories(directory: Path) -> None:
@@ -182,7 +206,11 @@ def _commit(temporary: Path, target: Path, overwrite: bool) -> None:
         return
     # No atomic exchange here: at every moment the old checkpoint stands under one of two names that `locate` knows.
     os.rename(target, _replaced(target))
-    os.rename(temporary, target)
+    try:
+        os.rename(temporary, target)
+    except OSError:
+        os.rename(_replaced(target), target)
+        raise
     shutil.rmtree(_replaced(target), ignore_errors=True)
 
 

@@ -7,6 +7,7 @@ element size, so that each is aligned to its own.
 
 from __future__ import annotations
 
+import json
 import math
 import mmap
 import os
@@ -22,11 +23,12 @@ import msgspec
 import numpy as np
 
 from polyckpt.checksums import BLOCK_BYTES, Hasher, checksum
-from polyckpt.dtypes import lookup
+from polyckpt.dtypes import lookup, size_problem
 from polyckpt.errors import CorruptError, StorageError, UnsupportedError
 from polyckpt.leaves import Leaf
 from polyckpt.schema import TensorFile
 
+_METADATA = "__metadata__"
 ALIGNMENT_BYTES = 64
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors package: a file beyond it could not be opened by other tools."""
@@ -79,7 +81,9 @@ def write(path: Path, leaves: Mapping[str, Leaf], metadata: Mapping[str, str]) -
 
 
 def _header(ordered: list[tuple[str, Leaf]], metadata: Mapping[str, str]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": dict(metadata)}
+    entries: dict[str, Any] = {_METADATA: dict(metadata)}
+    if any(key == _METADATA for key, _ in ordered):
+        raise UnsupportedError(f"safetensors reserves the tensor name {_METADATA!r}")
     offset = 0
     for key, leaf in ordered:
         dtype = lookup(leaf.dtype, key)
@@ -117,6 +121,14 @@ def _write_all(file: Any, data: memoryview) -> None:
     while data:
         # The system may take less than it was given: near a limit, and at 2 GiB always.
         data = data[file.write(data) :]
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object of JSON, whose names must differ: two readers might choose different ones of two equal names."""
+    members = dict(pairs)
+    if len(members) != len(pairs):
+        raise ValueError("a name occurs twice in one object")
+    return members
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,10 +199,12 @@ class TensorFileReader:
 
     def _parse(self, header: bytes, size_bytes: int) -> dict[str, Entry]:
         try:
-            raw = msgspec.json.decode(header[8:], type=dict[str, dict[str, Any]])
-        except (msgspec.DecodeError, msgspec.ValidationError, RecursionError, UnicodeDecodeError) as error:
+            raw = json.loads(header[8:], object_pairs_hook=_unique)
+        except (ValueError, RecursionError) as error:
             raise CorruptError(f"{self.path}: its header is not that of a tensor file: {error}") from error
-        raw.pop("__metadata__", None)
+        if not isinstance(raw, dict) or not all(isinstance(fields, dict) for fields in raw.values()):
+            raise CorruptError(f"{self.path}: its header is not that of a tensor file: not an object of objects")
+        raw.pop(_METADATA, None)
         entries = {key: self._entry(key, fields, len(header)) for key, fields in raw.items()}
         position = len(header)
         for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
@@ -206,9 +220,11 @@ class TensorFileReader:
             code = fields["dtype"]
             shape = msgspec.convert(fields["shape"], tuple[int, ...])
             start, end = msgspec.convert(fields["data_offsets"], tuple[int, int])
-            size_bytes = math.prod(shape) * _STORED_ITEMSIZE[code]
+            itemsize = _STORED_ITEMSIZE[code]
         except (KeyError, TypeError, msgspec.ValidationError) as error:
-            raise CorruptError(f"{self.path}: the header's entry for {key} is {fields}, which is not valid") from error
-        if min(shape, default=0) < 0 or start < 0 or end - start != size_bytes:
+            raise CorruptError(f"{self.path}: the header's entry for {key} is {fields!r:.200}, which is not valid") from error
+        if problem := size_problem(shape, itemsize):
+            raise CorruptError(f"{self.path}: {key}: {problem}")
+        if start < 0 or end - start != math.prod(shape) * itemsize:
             raise CorruptError(f"{self.path}: {key} is {code}{list(shape)} but spans bytes {start} to {end}")
         return Entry(code, shape, base + start, base + end)
