@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import keras
 
-from polyckpt import registry, residue
+from polyckpt import residue
 from polyckpt.adapter import (
     NO_OPTIMIZER,
     ModelCapture,

@@ -179,15 +179,13 @@ def _layer(layer: Any, path: str, own: list[Any], name_of: Mapping[int, str]) ->
 
 
 def _custom_roles(own: list[Any], name_of: Mapping[int, str]) -> dict[str, Role]:
-    """A role for each weight of an unknown layer: its own name, numbered where that recurs."""
+    """A role for each weight of an unknown layer: the last part of its name, with its place where that recurs."""
     roles: dict[str, Role] = {}
-    for variable in own:
-        role, recurrence = variable.name, 0
-        while role in roles:
-            recurrence += 1
-            role = f"{variable.name}:{recurrence}"
+    for place, variable in enumerate(own):
+        name = name_of[id(variable)]
+        role = name.rpartition("/")[2]
         axes = " ".join(f"a{axis}" for axis in range(len(variable.shape)))
-        roles[role] = Role(tensor=name_of[id(variable)], axes=axes)
+        roles[f"{role}:{place}" if role in roles else role] = Role(tensor=name, axes=axes)
     return roles
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import keras
 from keras.src.backend.common import global_state
-from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR, global_seed_generator
+from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR
 
 from polyckpt import residue
 from polyckpt.adapter import Restore
@@ -37,7 +38,10 @@ def prepare(tree: Mapping[str, Any]) -> Restore:
         if tree["global"] is None:
             global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, None)
         else:
-            global_seed_generator().state.assign(tree["global"].make())
+            # A new one would draw its seed from Python's random state.
+            generator = global_state.get_global_attribute(GLOBAL_SEED_GENERATOR) or keras.random.SeedGenerator(0)
+            generator.state.assign(tree["global"].make())
+            global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, generator)
 
     return Restore(apply=apply, problems=backend.problems if backend else (), tensors=residue.tensors(dict(tree)))
 

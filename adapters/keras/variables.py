@@ -81,8 +81,8 @@ class Namer:
     """Canonical names of a model's variables.
 
     Keras numbers automatic layer names process-wide: the same code gives `dense_1` here and `dense_7` there. So a segment of
-    a variable's path that looks automatic (the snake-case name of a layer's class, with or without a number) is numbered
-    anew, per model, in the order of first appearance; all other segments, which the user chose, stay as they are.
+    a variable's path that looks automatic (the snake-case name of a layer's class, or "variable", with or without a number)
+    is numbered anew, per model, in the order of first appearance; all other segments, which the user chose, stay as they are.
     """
 
     def __init__(self, model: Any) -> None:
@@ -95,6 +95,9 @@ class Namer:
                 self._automatic[layer.name] = automatic[1]
         self._canonical: dict[str, str] = {}
         self._counts: dict[str, int] = {}
+        for variable in model.weights:
+            if re.fullmatch(r"variable(_\d+)?", variable.name):
+                self._automatic[variable.name] = "variable"
         for variable in model.weights:
             self(variable.path)
 
