@@ -9,7 +9,7 @@ import sys
 from typing import Any, ClassVar
 
 import jax
-import jaxlib
+import jaxlib.version
 import numpy as np
 
 from polyckpt.adapter import (
@@ -42,7 +42,7 @@ class JaxAdapter:
         libraries = {name: sys.modules.get(name) for name in ("flax", "optax", "equinox", "haiku")}
         return {
             "jax": jax.__version__,
-            "jaxlib": jaxlib.__version__,
+            "jaxlib": jaxlib.version.__version__,
             **{name: module.__version__ for name, module in libraries.items() if module},
         }
 

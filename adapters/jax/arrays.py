@@ -24,7 +24,7 @@ _NUMBERS: dict[type, Any] = {bool: np.bool_, int: np.integer, float: np.floating
 
 def is_key(value: Any) -> bool:
     """Whether an array, or a ShapeDtypeStruct, is one of typed PRNG keys."""
-    return jax.dtypes.issubdtype(value.dtype, jax.dtypes.prng_key)
+    return bool(jnp.issubdtype(value.dtype, jax.dtypes.prng_key))
 
 
 def is_array(value: Any) -> bool:
@@ -131,16 +131,14 @@ def mismatch(live: Any, stored: Stored, section: str, name: str) -> Problem | No
     def problem(kind: Any, note: str = "") -> Problem:
         return Problem(kind, section, name, stored=str(stored), live=show(live) + note)
 
-    if stored.tensor is None or not is_array(live):
-        return None if _same_number(live, stored) and not _narrowed(stored) else problem("dtype")
     check_concrete(live, name)
-    expected = live
-    if isinstance(live, jax.Array | jax.ShapeDtypeStruct):
-        if (impl_name(live) if is_key(live) else None) != stored.impl:
-            return problem("dtype")
-        if _narrowed(stored):
-            return problem("dtype", " (jax_enable_x64 is off: JAX would truncate it)")
-        expected = jax.eval_shape(jax.random.key_data, live) if is_key(live) else live
+    if stored.tensor is not None and not isinstance(live, np.ndarray | np.generic) and narrows(stored.tensor):
+        return problem("dtype", " (jax_enable_x64 is off: JAX would truncate what is stored)")
+    if stored.tensor is None or not is_array(live):
+        return None if _same_number(live, stored) else problem("dtype")
+    if (impl_name(live) if is_key(live) else None) != stored.impl:
+        return problem("dtype")
+    expected = jax.eval_shape(jax.random.key_data, live) if is_key(live) else live
     if stored.tensor.shape != expected.shape:
         return problem("shape")
     return problem("dtype") if stored.tensor.dtype != expected.dtype.name else None
@@ -158,11 +156,6 @@ def _same_number(live: Any, stored: Stored) -> bool:
     else:
         python, dtype, shape = type(live), _numpy_dtype(stored.tensor), stored.tensor.shape
     return python in _NUMBERS and stored.impl is None and shape == () and jnp.issubdtype(dtype, _NUMBERS[python])
-
-
-def _narrowed(stored: Stored) -> bool:
-    """Whether JAX, as it is set, would cast a stored tensor to a narrower type."""
-    return stored.tensor is not None and narrows(stored.tensor)
 
 
 def narrows(tensor: StoredTensor) -> bool:
@@ -188,24 +181,23 @@ def make(live: Any, stored: Stored) -> Any:
 
 def sharding(live: Any) -> jax.sharding.Sharding | None:
     """Where the new array for the place of `live` belongs; None leaves JAX free to move it, as it was."""
-    if isinstance(live, jax.ShapeDtypeStruct):
-        return live.sharding
-    return live.sharding if isinstance(live, jax.Array) and live.committed else None
+    fixed = isinstance(live, jax.ShapeDtypeStruct) or (isinstance(live, jax.Array) and live.committed)
+    where: jax.sharding.Sharding | None = live.sharding if fixed else None
+    return where
 
 
 def placed(host: np.ndarray, where: jax.sharding.Sharding | None, *, impl: str | None = None, weak: bool = False) -> jax.Array:
     """A JAX array of its own with the bits of `host`."""
     # On a CPU device_put may alias what it is given, in spite of may_alias=False: let that be a copy nobody else has.
     host = host.copy()
+    array: Any = host
     if impl is not None:
-        keys = jax.random.wrap_key_data(jax.device_put(host), impl=impl)
-        return keys if where is None else jax.device_put(keys, where)
-    array = jax.device_put(host, where)
-    if not weak:
-        return array
-    # The one public operation that gives all bits of an array to a weakly typed one of any shape.
-    array = jnp.full(array.shape, _ZEROS[host.dtype.kind]).at[...].set(array)
-    return array if where is None else jax.device_put(array, where)
+        array = jax.random.wrap_key_data(jnp.asarray(host), impl=impl)
+    elif weak:
+        # The one public operation that gives all bits of an array to a weakly typed one of any shape.
+        array = jnp.full(host.shape, _ZEROS[host.dtype.kind]).at[...].set(host)
+    result: jax.Array = jax.device_put(array, where)
+    return result
 
 
 def stored_leaves(tensors: Mapping[str, StoredTensor], native: Mapping[str, Any]) -> dict[str, Stored]:

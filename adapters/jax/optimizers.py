@@ -10,7 +10,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 from polyckpt import names, optimizers
@@ -137,9 +136,9 @@ def capture(optimizer: Any, model: ModelCapture) -> OptimizerCapture:
         slot, within = _split(name, by_slot)
         slots.setdefault(slot, {})[_parameter(within, prefix) if by_slot[slot].prefixes else within] = leaf
     meanings = {slot: _meaning(by_slot[slot].owner, each, shapes) for slot, each in slots.items()}
-    hyperparameters = {path: node for path, (kind, node) in states.items() if kind in _INJECTED}
-    groups = [_group(path, node, slots, model) for path, node in hyperparameters.items()]
-    rates = [group.hyperparameters["learning_rate"] for group in groups if "learning_rate" in group.hyperparameters]
+    injected = {path: node for path, (kind, node) in states.items() if kind in _INJECTED}
+    groups = [_group(path, node, slots, model) for path, node in injected.items()]
+    rates = [_float(node.hyperparams["learning_rate"]) for node in injected.values() if "learning_rate" in node.hyperparams]
     return OptimizerCapture(
         type=type_name(state if isinstance(optimizer, Carried) else optimizer),
         family=_family([kind for kind, _ in states.values()], set(meanings.values())),
@@ -153,7 +152,7 @@ def capture(optimizer: Any, model: ModelCapture) -> OptimizerCapture:
             "states": {names.join(path): kind for path, (kind, _) in states.items()},
             "carried": trees.as_tree(carried, "optimizer") if carried else None,
         },
-        learning_rate=float(rates[0]) if len(rates) == 1 else None,
+        learning_rate=rates[0] if len(rates) == 1 else None,
     )
 
 
@@ -303,20 +302,16 @@ def _group(path: tuple[Any, ...], state: Any, slots: Mapping[str, Mapping[str, L
         for parameter in each
         if parameter in model.weights
     ]
-    numbers = {_HYPERPARAMETERS[name]: value for name, value in state.hyperparams.items() if name in _HYPERPARAMETERS}
+    numbers = {_HYPERPARAMETERS[name]: _float(value) for name, value in state.hyperparams.items() if name in _HYPERPARAMETERS}
     return ParameterGroup(
         parameters=tuple(dict.fromkeys(slotted)),
-        hyperparameters={name: _number(value) for name, value in numbers.items() if np.shape(_plain(value)) == ()},
+        hyperparameters={name: to_number(value) for name, value in numbers.items()},
     )
 
 
-def _plain(value: Any) -> Any:
-    return value.get_value() if trees.is_variable(value) else value
-
-
-def _number(value: Any) -> Any:
-    value = _plain(value)
-    return to_number(np.asarray(value, np.float64).item()) if isinstance(value, jax.Array | np.generic | float) else value
+def _float(value: Any) -> float:
+    """An injected hyperparameter, which optax holds as a 0-d array of any type."""
+    return float(np.asarray(value.get_value() if trees.is_variable(value) else value, np.float64))
 
 
 def _step(found: Mapping[str, Entry], places: Sequence[_Place], carried: Mapping[str, Entry]) -> int | None:

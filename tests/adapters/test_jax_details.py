@@ -16,7 +16,7 @@ import ml_dtypes
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import linen, nnx
 from flax.training.train_state import TrainState
 
 import polyckpt
@@ -53,6 +53,11 @@ def _same(one: Any, other: Any) -> None:
 def _round_trip(path: Path, tree: Any, template: Any) -> Any:
     polyckpt.save(path / "c", tree)
     return polyckpt.load(path / "c", template).model
+
+
+def _zero(leaf: Any) -> Any:
+    """Another value of the same type."""
+    return (jnp if isinstance(leaf, jax.Array) else np).zeros_like(leaf) if hasattr(leaf, "dtype") else type(leaf)()
 
 
 def _problems(path: Path, *live: Any, **options: Any) -> dict[str, str]:
@@ -438,6 +443,48 @@ def test_the_optimizer_of_a_train_state_can_be_left_out(tmp_path: Path) -> None:
     assert "(all of it; pass optimizer=False to load weights only)" in _problems(weights, live)
 
 
+def test_a_train_state_of_nnx(tmp_path: Path) -> None:
+    class State(nnx.TrainState):
+        counts: Any
+
+    tx = optax.adam(1e-2)
+
+    def build(seed: int) -> Any:
+        graph, params = nnx.split(nnx.Linear(2, 3, rngs=nnx.Rngs(seed)))
+        return State.create(graph, params=params, tx=tx, counts={"seen": jnp.ones(2) * seed})
+
+    saved = build(1)
+    path = polyckpt.save(tmp_path / "c", saved)
+    _same(polyckpt.load(path, build(2)).model, saved)
+    assert set(polyckpt.inspect(path).weights) == {"params/kernel", "params/bias", "counts/seen"}
+
+
+def test_boxed_parameters_of_linen(tmp_path: Path) -> None:
+    dense = linen.Dense(3, kernel_init=linen.with_partitioning(linen.initializers.normal(), ("in", "out")))
+    variables = flax.core.freeze(dense.init(jax.random.key(0), jnp.ones((1, 2))))
+    restored = _round_trip(tmp_path, variables, jax.eval_shape(lambda: variables))
+    assert isinstance(restored, flax.core.FrozenDict) and restored["params"]["kernel"].names == ("in", "out")
+    _same(restored, variables)
+
+
+def test_a_restored_run_is_neither_compiled_again_nor_refused_donation(tmp_path: Path) -> None:
+    tx = optax.chain(optax.clip(1.0), optax.adamw(1e-2))
+
+    def step(params: Any, state: Any) -> Any:
+        updates, state = tx.update(jax.tree.map(jnp.sign, params), state, params)
+        return optax.apply_updates(params, updates), state
+
+    compiled, donating = jax.jit(step), jax.jit(step, donate_argnums=(0, 1))
+    run = compiled(PARAMS, tx.init(PARAMS))
+    run = compiled(*run)
+    traced = compiled._cache_size()
+    path = polyckpt.save(tmp_path / "c", *run)
+    restored = polyckpt.load(path, PARAMS, jax.eval_shape(lambda: tx.init(PARAMS)))
+    _same(compiled(restored.model, restored.optimizer), compiled(*run))
+    assert compiled._cache_size() == traced
+    _same(donating(restored.model, restored.optimizer), compiled(*run))
+
+
 # nnx
 
 
@@ -711,6 +758,47 @@ def test_extras_come_back_plain_or_in_the_structure_of_the_live_object(tmp_path:
     assert restored["metric"] is live["metric"] and float(live["metric"].compute()) == 1.5
     wrong = {"state": jax.eval_shape(lambda: optax.sgd(1e-3, 0.9).init(PARAMS)), "metric": ema}
     assert {"metric", "extra metric"} & set(_problems(path, PARAMS, extra=wrong))
+
+
+def test_a_callable_pytree_can_be_an_extra_and_a_function_cannot(tmp_path: Path) -> None:
+    @flax.struct.dataclass
+    class Schedule:
+        rate: Any
+
+        def __call__(self, step: int) -> Any:
+            return self.rate * step
+
+    path = polyckpt.save(tmp_path / "c", PARAMS, extra={"schedule": Schedule(jnp.full((), 3.0))})
+    restored = polyckpt.load(path, PARAMS, extra={"schedule": Schedule(jnp.zeros(()))}).extra["schedule"]
+    assert isinstance(restored, Schedule) and float(restored(2)) == 6
+    with pytest.raises(UnsupportedError, match="schedule"):
+        polyckpt.save(tmp_path / "d", PARAMS, extra={"schedule": optax.cosine_decay_schedule(1.0, 2)})
+
+
+def test_random_trees_with_random_keys(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    alphabet = ["a", "/", "~", ".", "~1", "", " ", "0", "é", "$tensor", "__metadata__", "value", "w/b", "#"]
+
+    def leaf() -> Any:
+        shape = tuple(random.integers(0, 4, random.integers(0, 3)))
+        array = random.standard_normal(shape).astype(random.choice(["float32", "int32", "float16"]))
+        return [jnp.asarray(array), array, 3, 0.1, "text", None, True, jnp.full(shape, 0.1)][random.integers(8)]
+
+    def tree(depth: int) -> Any:
+        if depth == 0:
+            return leaf()
+        children = [tree(int(random.integers(depth))) for _ in range(random.integers(1, 5))]
+        keys = random.choice(len(alphabet), len(children), replace=False)
+        named = {alphabet[key]: child for key, child in zip(keys, children, strict=True)}
+        return [named, children, tuple(children), Pair(children, named)][random.integers(4)]
+
+    for index in range(40):
+        value = {"tree": tree(4), "w": jnp.ones(1)}
+        path = polyckpt.save(tmp_path / str(index), value, value, extra={"x": value})
+        template = jax.tree.map(_zero, value)
+        restored = polyckpt.load(path, template, template, extra={"x": template})
+        for each in (restored.model, restored.optimizer, restored.extra["x"]):
+            _same(each, value)
 
 
 def test_nothing_of_a_framework_that_is_not_used_is_imported() -> None:
