@@ -88,7 +88,7 @@ def json_schema() -> dict[str, Any]:
 
 
 def _check_version(version: Any, source: str) -> None:
-    if not isinstance(version, str) or not re.fullmatch(r"\d{1,9}\.\d{1,9}", version):
+    if not isinstance(version, str) or not re.fullmatch(r"[0-9]{1,9}\.[0-9]{1,9}", version):
         raise CorruptError(f'{source}: "version" is {version!r}, not "major.minor"')
     if int(version.split(".")[0]) != FORMAT_MAJOR:
         raise VersionError(
@@ -124,6 +124,8 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     for alias, target in manifest.model.aliases.items():
         if target not in manifest.tensors.get("weights", {}):
             yield f"model: aliases: {alias} stands for {target}, which is not stored"
+        if alias in manifest.tensors.get("weights", {}):
+            yield f"model: aliases: {alias} is stored itself"
     for layer in manifest.model.layers:
         for role, entry in layer.roles.items():
             if entry.tensor not in weights:
@@ -217,3 +219,11 @@ def _merge(known: Any, unknown: Any) -> Any:
     if isinstance(known, list | tuple) and isinstance(unknown, dict):
         return [_merge(child, unknown[str(i)]) if str(i) in unknown else child for i, child in enumerate(known)]
     return known
+
+
+if __name__ == "__main__":
+    import json
+    import sys
+
+    json.dump(json_schema(), sys.stdout, indent=2, sort_keys=True)
+    sys.stdout.write("\n")

@@ -153,7 +153,8 @@ def decode(data: Any, decoders: Decoders) -> Any:
     if not tags:
         return {key: decode(child, decoders) for key, child in data.items()}
     try:
-        return _TAGS[tags[0]](data, decoders)
+        (tag,) = tags
+        return _TAGS[tag](data, decoders)
     except (LookupError, TypeError, ValueError, OverflowError) as error:
         raise CorruptError(f"native residue holds {_clip(data)}, which is not of the format: {error!r}") from error
 
@@ -195,11 +196,22 @@ def tensor_names(data: Any) -> Iterator[str]:
 
 
 def _items(data: Any, decoders: Decoders) -> list[Any]:
+    if not isinstance(data, list):
+        raise TypeError(f"{data!r:.80} is no list")
     return [decode(child, decoders) for child in data]
 
 
 def _pairs(data: Any, decoders: Decoders) -> list[tuple[Any, Any]]:
-    return [(decode(key, decoders), decode(child, decoders)) for key, child in data]
+    pairs = _items(data, decoders)
+    if not all(isinstance(pair, list) and len(pair) == 2 for pair in pairs):
+        raise TypeError("its items are not pairs")
+    return [(key, child) for key, child in pairs]
+
+
+def _complex(parts: list[Any]) -> complex:
+    if [type(part) for part in parts] != [float, float]:
+        raise TypeError("its parts are not two floats")
+    return complex(*parts)
 
 
 def _float(text: str) -> float:
@@ -210,7 +222,7 @@ def _float(text: str) -> float:
 
 _TAGS: dict[str, Callable[[dict[str, Any], Decoders], Any]] = {
     "$float": lambda data, _: _float(data["$float"]),
-    "$complex": lambda data, decoders: complex(*_items(data["$complex"], decoders)),
+    "$complex": lambda data, decoders: _complex(_items(data["$complex"], decoders)),
     "$bytes": lambda data, _: base64.b64decode(data["$bytes"], validate=True),
     "$dict": lambda data, decoders: dict(_pairs(data["$dict"], decoders)),
     "$ordered": lambda data, decoders: OrderedDict(_pairs(data["$ordered"], decoders)),

@@ -6,7 +6,7 @@ them. JSON lacks NaN and the infinities: wherever a number may be one of them it
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -22,6 +22,7 @@ class NonFinite(msgspec.Struct, frozen=True, kw_only=True):
 
 
 Number = int | float | NonFinite
+Count = Annotated[int, msgspec.Meta(ge=0)]
 Hyperparameter = bool | Number | str | None | tuple[Number, ...]
 
 
@@ -46,7 +47,7 @@ class Tensor(msgspec.Struct, frozen=True, kw_only=True):
 class TensorFile(msgspec.Struct, frozen=True, kw_only=True):
     """A safetensors file of the checkpoint. The header is not part of any tensor and has a checksum of its own."""
 
-    size_bytes: int
+    size_bytes: Count
     header_checksum: str
 
 
@@ -100,16 +101,16 @@ class Optimizer(msgspec.Struct, frozen=True, kw_only=True):
     family: str
     conventions: dict[str, str] = {}
     groups: tuple[ParameterGroup, ...] = ()
-    step: int | None = None
+    step: Count | None = None
     slots: dict[str, Slot] = {}
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):
     """How far training came: completed epochs, completed steps, and batches consumed of the epoch under way."""
 
-    epoch: int | None = None
-    step: int | None = None
-    batch: int | None = None
+    epoch: Count | None = None
+    step: Count | None = None
+    batch: Count | None = None
 
 
 class Producer(msgspec.Struct, frozen=True, kw_only=True):
