@@ -24,7 +24,7 @@ from polyckpt.adapter import (
 from polyckpt.adapters.jax import arrays, layers, optimizers, trees
 from polyckpt.adapters.jax.optimizers import Carried
 from polyckpt.checkpoint import StoredTensor
-from polyckpt.errors import MismatchError, Problem
+from polyckpt.errors import MismatchError, Problem, UnsupportedError
 from polyckpt.leaves import Leaf
 from polyckpt.residue import Constant
 
@@ -76,16 +76,17 @@ class JaxAdapter:
         found = trees.entries(model, "model")
         random = {name: entry for name, entry in found.items() if trees.is_random(entry)}
         others = {name: entry for name, entry in found.items() if name not in random}
-        comparisons = [trees.compare(others, arrays.stored_leaves(stored.weights, stored.native or {}), "weights")]
+        comparisons = [trees.compare(others, arrays.stored_leaves(stored.weights, stored.native, "weights"), "weights")]
         # An abstract random state has nothing to go on with.
         if rng or any(isinstance(entry.value, jax.ShapeDtypeStruct) for entry in random.values()):
-            comparisons.append(trees.compare(random, trees.from_tree(stored.rng), "rng"))
+            comparisons.append(trees.compare(random, trees.from_tree(stored.rng, "rng"), "rng"))
         return trees.restore(model, comparisons)
 
     def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, model: Any) -> Restore:
         return optimizers.prepare(optimizer, stored)
 
     def capture_object(self, value: Any) -> tuple[str, Any] | None:
+        trees.check_depth(value, "extra")
         if trees.is_graph(value):
             return _NNX, trees.as_tree(trees.entries(value, "extra"), "extra")
         return (_PYTREE, trees.as_tree(trees.entries(value, "extra"), "extra")) if _has_structure(value) else None
@@ -95,7 +96,7 @@ class JaxAdapter:
         if live != kind:
             problem = Problem("value", "extra", path, stored=f"a {kind}", live=f"a {type(value).__name__}")
             return Restore(apply=lambda: value, problems=[problem])
-        return trees.restore(value, [trees.compare(trees.entries(value, path), trees.from_tree(tree), path)])
+        return trees.restore(value, [trees.compare(trees.entries(value, path), trees.from_tree(tree, path), path)])
 
     def capture_rng(self) -> Any:
         return None
@@ -113,7 +114,10 @@ class JaxAdapter:
             problem = Problem("dtype", "state", stored.name, stored=str(stored), live="32 bits (jax_enable_x64 is off)")
             raise MismatchError("JAX would truncate a stored array. Set jax_enable_x64 to load it:", [problem])
         impl = kind.removeprefix("jax.key:") if kind.startswith("jax.key:") else None
-        return arrays.placed(stored.numpy(), None, impl=impl, weak=kind == "jax.weak")
+        try:
+            return arrays.placed(stored.numpy(), None, impl=impl, weak=kind == "jax.weak")
+        except (TypeError, ValueError) as error:
+            raise UnsupportedError(f"{stored.name}: JAX cannot make a {kind} of {stored}: {error}") from error
 
     def constant(self, value: Any, kind: str) -> Any:
         raise ValueError(f"{kind!r} is no constant of JAX")

@@ -12,7 +12,7 @@ import numpy as np
 
 from polyckpt.checkpoint import StoredTensor
 from polyckpt.dtypes import lookup
-from polyckpt.errors import Problem, UnsupportedError
+from polyckpt.errors import CorruptError, Problem, UnsupportedError
 from polyckpt.leaves import Leaf, array_leaf
 
 PYTHON = (bool, int, float, complex, str, bytes)
@@ -193,15 +193,21 @@ def placed(host: np.ndarray, where: jax.sharding.Sharding | None, *, impl: str |
     array: Any = host
     if impl is not None:
         array = jax.random.wrap_key_data(jnp.asarray(host), impl=impl)
-    elif weak:
+    elif weak and host.dtype.kind in _ZEROS:
         # The one public operation that gives all bits of an array to a weakly typed one of any shape.
         array = jnp.full(host.shape, _ZEROS[host.dtype.kind]).at[...].set(host)
     result: jax.Array = jax.device_put(array, where)
     return result
 
 
-def stored_leaves(tensors: Mapping[str, StoredTensor], native: Mapping[str, Any]) -> dict[str, Stored]:
+def stored_leaves(tensors: Mapping[str, StoredTensor], native: Any, where: str) -> dict[str, Stored]:
     """What is stored of a tree by name, from its tensors and what `trees.capture` put into `native`."""
-    weak, impls = set(native.get("weak", ())), native.get("keys", {})
+    try:
+        values, weak, impls = native["values"], frozenset(native["weak"]), native["keys"]
+        plain = all(type(value) in PYTHON for value in values.values()) and all(isinstance(impls[name], str) for name in impls)
+        if not plain or not values.keys().isdisjoint(tensors) or not weak | impls.keys() <= tensors.keys():
+            raise ValueError("values, weak or keys name what they cannot")
+    except (TypeError, LookupError, AttributeError, ValueError) as error:
+        raise CorruptError(f"{where}: the native residue of a pytree is not of the format: {error!r}") from error
     found = {name: Stored(tensor, impl=impls.get(name), weak=name in weak) for name, tensor in tensors.items()}
-    return {**found, **{name: Stored(value=value) for name, value in native.get("values", {}).items()}}
+    return {**found, **{name: Stored(value=value) for name, value in values.items()}}

@@ -17,6 +17,7 @@ from polyckpt.adapter import ModelCapture, OptimizerCapture, Restore, StoredOpti
 from polyckpt.adapters.jax import arrays, trees
 from polyckpt.adapters.jax.layers import type_name
 from polyckpt.adapters.jax.trees import Entry
+from polyckpt.errors import CorruptError
 from polyckpt.leaves import Leaf
 from polyckpt.schema import ParameterGroup, to_number
 
@@ -159,14 +160,16 @@ def capture(optimizer: Any, model: ModelCapture) -> OptimizerCapture:
 def prepare(optimizer: Any, stored: StoredOptimizer) -> Restore:
     """Compare a live optimizer or state with a stored one, by the paths of their leaves."""
     _, found, carried = _opened(optimizer)
-    prefix = stored.native["prefix"]
+    native = stored.native
+    if not isinstance(native, dict) or not isinstance(prefix := native.get("prefix"), str | None) or "carried" not in native:
+        raise CorruptError(f"optimizer: native residue holds {native!r:.80}, which is no optax state")
     tensors = {
         "/".join(filter(None, (slot, _within(parameter, prefix)))): tensor
         for slot, each in stored.slots.items()
         for parameter, tensor in each.items()
     }
-    slots = trees.compare(found, arrays.stored_leaves(tensors, stored.native), "optimizer")
-    steps = trees.compare(carried, trees.from_tree(stored.native["carried"]), "optimizer")
+    slots = trees.compare(found, arrays.stored_leaves(tensors, native, "optimizer"), "optimizer")
+    steps = trees.compare(carried, trees.from_tree(native["carried"], "optimizer"), "optimizer")
     return trees.restore(optimizer, [slots, steps])
 
 

@@ -18,8 +18,9 @@ from polyckpt import names
 from polyckpt.adapter import Restore
 from polyckpt.adapters.jax import arrays
 from polyckpt.adapters.jax.arrays import Stored
-from polyckpt.errors import Problem, UnsupportedError
+from polyckpt.errors import CorruptError, Problem, UnsupportedError
 from polyckpt.leaves import Leaf
+from polyckpt.residue import MAX_DEPTH, TensorRef
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,18 @@ def children(node: Any) -> list[tuple[Any, Any]]:
     return [(_segment(keys[0]), child) for keys, child in pairs if keys]
 
 
+def check_depth(tree: Any, where: str, depth: int = 0) -> None:
+    """Raises UnsupportedError for what contains itself: JAX would not only fail, but break Python's recursion limit."""
+    if depth > MAX_DEPTH:
+        raise UnsupportedError(f"{where}: nested deeper than {MAX_DEPTH} levels, or contains itself")
+    if isinstance(tree, Mapping | list | tuple):
+        for child in tree.values() if isinstance(tree, Mapping) else tree:
+            check_depth(child, where, depth + 1)
+
+
 def entries(tree: Any, where: str) -> dict[str, Entry]:
     """Every leaf that has a value, by name. Raises UnsupportedError for what cannot be named or stored."""
+    check_depth(tree, where)
     found: dict[str, Entry] = {}
     for path, value, variable in _walk(tree, (), None, where):
         name = names.join(path)
@@ -118,11 +129,14 @@ def as_tree(found: Mapping[str, Entry], where: str) -> dict[str, Any]:
     return {"tensors": tensors, **native}
 
 
-def from_tree(tree: Mapping[str, Any] | None) -> dict[str, Stored]:
+def from_tree(tree: Any, where: str) -> dict[str, Stored]:
     """What `as_tree` stored; nothing for None."""
     if tree is None:
         return {}
-    return arrays.stored_leaves({name: ref.stored for name, ref in tree["tensors"].items()}, tree)
+    refs = tree.get("tensors") if isinstance(tree, dict) else None
+    if not isinstance(refs, dict) or not all(isinstance(ref, TensorRef) for ref in refs.values()):
+        raise CorruptError(f"{where}: native residue holds {tree!r:.80}, which is no pytree")
+    return arrays.stored_leaves({name: ref.stored for name, ref in refs.items()}, tree, where)
 
 
 @dataclass(frozen=True, slots=True)

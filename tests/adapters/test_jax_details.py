@@ -13,6 +13,7 @@ import flax
 import jax
 import jax.numpy as jnp
 import ml_dtypes
+import msgspec
 import numpy as np
 import optax
 import pytest
@@ -20,7 +21,7 @@ from flax import linen, nnx
 from flax.training.train_state import TrainState
 
 import polyckpt
-from polyckpt import UnsupportedError, registry
+from polyckpt import UnsupportedError, manifest, registry
 from polyckpt.dtypes import DTYPES
 from tests.adapters.suite import check_description, run_python
 
@@ -307,6 +308,55 @@ def test_a_checkpoint_of_another_framework_is_refused(tmp_path: Path) -> None:
     polyckpt.save(tmp_path / "c", {"w": np.ones(2)})
     with pytest.raises(polyckpt.MismatchError, match="numpy adapter"):
         polyckpt.load(tmp_path / "c", {"w": jnp.ones(2)})
+
+
+def _rewrite(path: Path, native: dict[str, Any]) -> None:
+    """The manifest with other native residue, its checksum included."""
+    changed = msgspec.structs.replace(polyckpt.inspect(path).manifest, native=native)
+    (path / manifest.FILE_NAME).write_bytes(manifest.encode(changed))
+
+
+@pytest.mark.parametrize(
+    ("member", "change"),
+    [
+        ("model", {"values": 3}),
+        ("model", {"weak": ["nothing"]}),
+        ("model", {"keys": {"w": 5}}),
+        ("model", {"values": {"w": 1}}),
+        ("model", {"values": {"v": [1]}}),
+        ("optimizer", {"prefix": 3}),
+        ("optimizer", {"carried": 3}),
+        ("optimizer", {"weak": None}),
+        ("extra", {"tensors": {"left": 3}}),
+    ],
+)
+def test_residue_that_is_not_of_the_format_is_named(tmp_path: Path, member: str, change: dict[str, Any]) -> None:
+    pair = Pair(jnp.ones(2), None)
+    path = polyckpt.save(tmp_path / "c", {"w": jnp.ones(2)}, {"m": jnp.ones(2)}, extra={"pair": pair})
+    native = polyckpt.inspect(path).manifest.native
+    part = native[member]
+    {"model": part, "optimizer": part.get("state"), "extra": part.get("pair", {}).get("state")}[member].update(change)
+    _rewrite(path, native)
+    with pytest.raises(polyckpt.CorruptError, match="native residue"):
+        polyckpt.load(path, {"w": jnp.ones(2)}, {"m": jnp.ones(2)}, extra={"pair": pair})
+
+
+def test_a_key_of_an_unknown_generator_in_an_extra_is_named(tmp_path: Path) -> None:
+    path = polyckpt.save(tmp_path / "c", {"w": jnp.ones(2)}, extra={"key": jax.random.key(0)})
+    native = polyckpt.inspect(path).manifest.native
+    native["extra"]["key"]["state"]["kind"] = "jax.key:unheard_of"
+    _rewrite(path, native)
+    with pytest.raises(UnsupportedError, match="unheard_of"):
+        polyckpt.load(path, {"w": jnp.ones(2)})
+
+
+def test_a_tree_that_contains_itself_is_refused(tmp_path: Path) -> None:
+    tree: dict[str, Any] = {"w": jnp.ones(2), "list": []}
+    tree["list"].append(tree)
+    with pytest.raises(UnsupportedError, match="contains itself"):
+        polyckpt.save(tmp_path / "c", tree)
+    with pytest.raises(UnsupportedError, match="contains itself"):
+        polyckpt.save(tmp_path / "c", {"w": jnp.ones(2)}, extra={"tree": tree})
 
 
 def test_a_changed_byte_is_noticed(tmp_path: Path) -> None:
