@@ -39,8 +39,13 @@ def is_static(value: Any) -> bool:
 
 def is_weak(array: jax.Array) -> bool:
     """Whether an array promotes as a Python number does. Only types that a Python number becomes can be made weak again."""
-    zero = _ZEROS.get(np.dtype(array.dtype).kind)
-    return bool(array.aval.weak_type) and zero is not None and array.dtype == jnp.result_type(zero)
+    return bool(array.aval.weak_type) and array.dtype == _weak_dtype(array.dtype)
+
+
+def _weak_dtype(dtype: Any) -> np.dtype | None:
+    """The type that a Python number of the kind of `dtype` becomes in JAX as it is set (64 bits or 32)."""
+    zero = _ZEROS.get(np.dtype(dtype).kind)
+    return None if zero is None else np.dtype(jnp.result_type(zero))
 
 
 def impl_name(keys: Any) -> str:
@@ -193,7 +198,7 @@ def placed(host: np.ndarray, where: jax.sharding.Sharding | None, *, impl: str |
     array: Any = host
     if impl is not None:
         array = jax.random.wrap_key_data(jnp.asarray(host), impl=impl)
-    elif weak and host.dtype.kind in _ZEROS:
+    elif weak and _weak_dtype(host.dtype) == host.dtype:
         # The one public operation that gives all bits of an array to a weakly typed one of any shape.
         array = jnp.full(host.shape, _ZEROS[host.dtype.kind]).at[...].set(host)
     result: jax.Array = jax.device_put(array, where)

@@ -412,6 +412,19 @@ def test_64_bits_are_not_truncated_silently(tmp_path: Path) -> None:
     run_python("-c", _EXTRA64, str(tmp_path / "c"))
 
 
+_WIDENED = """
+import sys, jax, jax.numpy as jnp, polyckpt
+path = polyckpt.save(sys.argv[1], {"w": jnp.ones(1)}, extra={"x": jnp.full((2,), 0.1)})
+jax.config.update("jax_enable_x64", True)
+restored = polyckpt.load(path, {"w": jnp.ones(1, "float32")})
+assert restored.extra["x"].dtype == "float32" and restored.model["w"].dtype == "float32"
+"""
+
+
+def test_32_bits_are_not_widened(tmp_path: Path) -> None:
+    run_python("-c", _WIDENED, str(tmp_path / "c"))
+
+
 _SHARDED = """
 import sys, jax, jax.numpy as jnp, numpy as np, polyckpt
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P, SingleDeviceSharding
