@@ -213,14 +213,12 @@ def test_one_array_under_two_names_is_stored_once_and_comes_back_as_one(tmp_path
 
 
 def test_restored_arrays_share_no_memory_with_the_file(tmp_path: Path) -> None:
-    trees = {f"a{index}": np.arange(64 + index, dtype=np.float32) for index in range(24)}
+    trees = {f"a{index}": np.arange(64 + index, dtype=np.float32) for index in range(48)}
     path = polyckpt.save(tmp_path / "c", {name: jnp.asarray(array) for name, array in trees.items()})
     restored = polyckpt.load(path, jax.eval_shape(lambda: {name: jnp.asarray(array) for name, array in trees.items()})).model
     for file in path.glob("*.safetensors"):
-        data = bytearray(file.read_bytes())
-        data[-4096:] = bytes(len(data[-4096:]))
-        with file.open("r+b") as handle:
-            handle.write(data)
+        with file.open("r+b") as handle:  # in place, as no save ever writes: a map of the file would show it
+            handle.write(bytes(file.stat().st_size))
     for name, array in trees.items():
         assert np.array_equal(restored[name], array), name
 
