@@ -39,9 +39,9 @@ class ModelCapture:
     """A model about to be written.
 
     type: its class. weights: tensors by the producer's name. layers, order: as in schema.Model. parameters: the trainable
-    ones as (name of the weight, the object an optimizer would hold), in the model's order. native: what is no tensor and
-    belongs to the weights (tree for polyckpt.residue). rng: the model's own random states, restored only with the RNG.
-    metadata: for the header of the weights file. assumptions: as in schema.Manifest.
+    ones as (name of the weight, an object that an optimizer may hold for it), in the model's order. native: what is no
+    tensor and belongs to the weights (tree for polyckpt.residue). rng: the model's own random states, restored only with the
+    RNG. metadata: for the header of the weights file. assumptions: as in schema.Manifest.
     """
 
     type: str
@@ -147,8 +147,12 @@ class Adapter(Protocol):
         """Compare a live model with a stored one. rng: whether to restore its random states too."""
         ...
 
-    def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, model: Any) -> Restore:
-        """Compare a live optimizer over the parameters of the live `model` with a stored one."""
+    def parameters(self, model: Any) -> Sequence[tuple[str, Any]]:
+        """The trainable parameters of a live model, as in ModelCapture."""
+        ...
+
+    def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]]) -> Restore:
+        """Compare a live optimizer with a stored one. `parameters` are those of the live model, by its own adapter."""
         ...
 
     def capture_object(self, value: Any) -> tuple[str, Any] | None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from polyckpt import __version__, manifest, objects, registry, residue, schema
-from polyckpt.adapter import Adapter, OptimizerCapture, Restore, StoredModel, StoredOptimizer
+from polyckpt.adapter import Adapter, OptimizerCapture, Parts, Restore, StoredModel, StoredOptimizer
 from polyckpt.checkpoint import Checkpoint, verify_all
 from polyckpt.errors import CorruptError, MismatchError, Problem, UnsupportedError
 from polyckpt.leaves import Leaf
@@ -167,7 +167,7 @@ def load(
     if scheduler is not None:
         prepared["scheduler"] = _prepare_entry(native.get("scheduler"), scheduler, "scheduler")
     if parts.optimizer is not None:
-        prepared["optimizer"] = _prepare_optimizer(checkpoint, native, parts.optimizer, parts.model, adapter)
+        prepared["optimizer"] = _prepare_optimizer(checkpoint, native, parts, adapter)
     stored_model = StoredModel(
         type=checkpoint.manifest.model.type,
         weights=checkpoint.weights.stored,
@@ -373,15 +373,14 @@ def _prepare_entry(entry: dict[str, Any] | None, live: Any, path: str) -> Restor
     return objects.prepare(live, entry, path)
 
 
-def _prepare_optimizer(
-    checkpoint: Checkpoint, native: Mapping[str, Any], optimizer: Any, model: Any, fallback: Adapter
-) -> Restore:
-    described, entry = checkpoint.manifest.optimizer, native.get("optimizer")
+def _prepare_optimizer(checkpoint: Checkpoint, native: Mapping[str, Any], parts: Parts, owner: Adapter) -> Restore:
+    """Prepare the optimizer of `parts`; `owner` is the adapter of the model, which names the parameters."""
+    described, entry, optimizer = checkpoint.manifest.optimizer, native.get("optimizer"), parts.optimizer
     kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
     if described is None or entry is None:
         problem = Problem("missing", "optimizer", "(all of it; pass optimizer=False to load weights only)", live=kind)
         return Restore(apply=lambda: optimizer, problems=[problem])
-    adapter = registry.find(optimizer) or fallback
+    adapter = registry.find(optimizer) or owner
     if adapter.name != entry["adapter"]:
         problem = Problem("value", "optimizer", "framework", stored=entry["adapter"], live=adapter.name)
         return Restore(apply=lambda: optimizer, problems=[problem])
@@ -393,7 +392,7 @@ def _prepare_optimizer(
         },
         native=entry["state"],
     )
-    return adapter.prepare_optimizer(optimizer, stored, model)
+    return adapter.prepare_optimizer(optimizer, stored, owner.parameters(parts.model))
 
 
 def _apply(prepared: Mapping[str, Restore]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Pytrees come back as new values in the structure of a template; nnx objects are 
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -82,7 +83,10 @@ class JaxAdapter:
             comparisons.append(trees.compare(random, trees.from_tree(stored.rng, "rng"), "rng"))
         return trees.restore(model, comparisons)
 
-    def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, model: Any) -> Restore:
+    def parameters(self, model: Any) -> Sequence[tuple[str, Any]]:
+        return [(name, entry.value) for name, entry in trees.entries(model, "model").items() if _is_parameter(entry)]
+
+    def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]]) -> Restore:
         return optimizers.prepare(optimizer, stored)
 
     def capture_object(self, value: Any) -> tuple[str, Any] | None:

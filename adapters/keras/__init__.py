@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any, ClassVar
 
@@ -52,13 +52,12 @@ class KerasAdapter:
     def capture_model(self, model: Any) -> ModelCapture:
         _check_built(model)
         named = variables.weights(model)
-        trainable = {id(variable) for variable in model.trainable_variables}
         return ModelCapture(
             type=f"{type(model).__module__}.{type(model).__qualname__}",
             weights={name: variables.leaf(variable, f"model: {name}") for name, variable in named.items()},
             layers=layers.describe(model, named),
             order=layers.order(model),
-            parameters=[(name, variable) for name, variable in named.items() if id(variable) in trainable],
+            parameters=self.parameters(model),
             native={"backend": keras.backend.backend()},
             rng=rng.capture_states(variables.seed_states(model)),
         )
@@ -69,8 +68,16 @@ class KerasAdapter:
     def prepare_model(self, model: Any, stored: StoredModel, *, rng: bool) -> Restore:
         return _prepare(model, stored.weights, stored.rng if rng else None, "weights")
 
-    def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, model: Any) -> Restore:
-        return optimizers.prepare(optimizer, stored, _parameters(model), "optimizer")
+    def parameters(self, model: Any) -> Sequence[tuple[str, Any]]:
+        name_of = {id(variable): name for name, variable in variables.weights(model).items()}
+        trained = [(name_of[id(variable)], variable) for variable in model.trainable_variables]
+        if keras.backend.backend() != "torch":
+            return trained
+        # There a torch optimizer may hold the torch parameters behind the variables, frozen ones too.
+        return [*trained, *((name, variable.value) for name, variable in variables.weights(model).items())]
+
+    def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]]) -> Restore:
+        return optimizers.prepare(optimizer, stored, parameters, "optimizer")
 
     def capture_object(self, value: Any) -> tuple[str, Any] | None:
         return next(((kind, capture(value)) for kind, (cls, capture, _) in _OBJECTS.items() if isinstance(value, cls)), None)
@@ -101,7 +108,7 @@ def _check_built(model: Any) -> None:
     # Inside fit on JAX the live values are in the trainer; this brings them into the variables.
     if sync := getattr(model, "jax_state_sync", None):
         sync()
-    for layer in [model, *variables.sublayers(model)]:
+    for layer in [*variables.sublayers(model), model]:
         if not layer.built and not isinstance(layer, keras.layers.InputLayer):
             raise UnsupportedError(
                 f"model: the layer {layer.path or layer.name} is not built, so it has no weights yet: "
@@ -112,12 +119,6 @@ def _check_built(model: Any) -> None:
                 f"model: the layer {layer.path or layer.name} is a {type(layer).__name__}, whose vocabulary is not made of "
                 "tensors: keep it outside the model, and save layer.get_vocabulary() in `extra`"
             )
-
-
-def _parameters(model: Any) -> list[tuple[str, Any]]:
-    """The trainable variables of a live model with their names, in the model's order, as optimizers are built for them."""
-    name_of = {id(variable): name for name, variable in variables.weights(model).items()}
-    return [(name_of[id(variable)], variable) for variable in model.trainable_variables]
 
 
 def _prepare(model: Any, weights: Mapping[str, StoredTensor], states: Any, section: str) -> Restore:

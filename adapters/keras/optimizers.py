@@ -131,7 +131,7 @@ def prepare(optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[
         problem = Problem("value", section, "class", stored=stored.type, live=_type_name(optimizer))
         return Restore(apply=lambda: optimizer, problems=[problem])
     if stored.native["built"] and not optimizer.built:
-        optimizer.build([variable for _, variable in parameters])
+        optimizer.build([variable for _, variable in parameters if isinstance(variable, keras.Variable)])
     state = read(optimizer, parameters)
     others: dict[str, StoredTensor] = {name: ref.stored for name, ref in stored.native["others"].items()}
     pairs = [(name, others.get(name), state.others.get(name)) for name in {**others, **state.others}]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -53,7 +53,10 @@ class NumpyAdapter:
     def prepare_model(self, model: Any, stored: StoredModel, *, rng: bool) -> Restore:
         return _prepare_tree(model, stored.weights, stored.native, "weights")
 
-    def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, model: Any) -> Restore:
+    def parameters(self, model: Any) -> Sequence[tuple[str, Any]]:
+        return []
+
+    def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]]) -> Restore:
         return _prepare_tree(optimizer, stored.slots.get(_SLOTS, {}), stored.native, "optimizer")
 
     def capture_object(self, value: Any) -> tuple[str, Any] | None:

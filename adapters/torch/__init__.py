@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -58,8 +58,11 @@ class TorchAdapter:
     def prepare_model(self, model: Any, stored: StoredModel, *, rng: bool) -> Restore:
         return modules.prepare(model, stored, "weights")
 
-    def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, model: Any) -> Restore:
-        return optimizers.prepare(optimizer, stored, modules.parameters(model), "optimizer")
+    def parameters(self, model: Any) -> Sequence[tuple[str, Any]]:
+        return modules.parameters(model)
+
+    def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]]) -> Restore:
+        return optimizers.prepare(optimizer, stored, parameters, "optimizer")
 
     def capture_object(self, value: Any) -> tuple[str, Any] | None:
         for kind, (cls, capture, _) in _OBJECTS.items():

@@ -32,7 +32,9 @@ class Golden:
 
 def numpy(seed: int) -> Golden:
     rng = np.random.default_rng(seed)
-    run = {"model": {"w": rng.random((3, 2)), "b": [rng.random(2).astype("float16")]}, "slots": {"m": rng.random((3, 2)), "t": seed}}
+    model = {"w": rng.random((3, 2)), "b": [rng.random(2).astype("float16")]}
+    run = {"model": model, "slots": {"m": rng.random((3, 2)), "t": seed}}
+    metrics = {"loss": float("nan")}
 
     def load(path: Path) -> None:
         restored = polyckpt.load(path, run["model"], run["slots"], extra={"rng": rng})
@@ -40,7 +42,7 @@ def numpy(seed: int) -> Golden:
 
     return Golden(
         step=lambda: None,
-        save=lambda path: polyckpt.save(path, run["model"], run["slots"], epoch=1, metrics={"loss": float("nan")}, extra={"rng": rng}),
+        save=lambda path: polyckpt.save(path, run["model"], run["slots"], epoch=1, metrics=metrics, extra={"rng": rng}),
         load=load,
         arrays=lambda: {
             "w": run["model"]["w"],
@@ -87,9 +89,8 @@ def keras(seed: int) -> Golden:
     import keras
 
     keras.utils.set_random_seed(seed)
-    model = keras.Sequential(
-        [keras.Input((3,)), keras.layers.Dense(4), keras.layers.BatchNormalization(), keras.layers.Dropout(0.5), keras.layers.Dense(2)]
-    )
+    layers = [keras.layers.Dense(4), keras.layers.BatchNormalization(), keras.layers.Dropout(0.5), keras.layers.Dense(2)]
+    model = keras.Sequential([keras.Input((3,)), *layers])
     model.compile(keras.optimizers.Adam(0.1 * seed), "mse")
 
     def arrays() -> dict[str, Any]:
