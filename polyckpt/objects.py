@@ -17,7 +17,7 @@ STATE_DICT = "state_dict"
 def capture(value: Any, path: str) -> dict[str, Any]:
     """A tree entry {adapter, kind, type, state} of any object or value. Raises UnsupportedError for a function or a class."""
     adapter = registry.find(value)
-    if callable(value) and not hasattr(value, "state_dict") and adapter is None:
+    if callable(value) and (isinstance(value, type) or not hasattr(value, "state_dict")) and adapter is None:
         raise UnsupportedError(f"{path}: {value!r} holds no state that could be saved; rebuild it in code and leave it out")
     if adapter and (captured := adapter.capture_object(value)):
         kind, state = captured
