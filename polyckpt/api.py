@@ -314,7 +314,7 @@ def _decode_native(checkpoint: Checkpoint) -> dict[str, Any]:
         return registry.named(_package(kind)).constant(value, kind)
 
     try:
-        native = residue.decode(checkpoint.manifest.native, residue.Decoders(tensor=tensor, constant=constant))
+        native: dict[str, Any] = residue.decode(checkpoint.manifest.native, residue.Decoders(tensor=tensor, constant=constant))
     except RecursionError as error:
         raise CorruptError(f"{checkpoint.path}: native residue is nested too deep") from error
     if problems := list(_native_problems(native)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from polyckpt.storage import local
 from polyckpt.storage.tensor_file import TensorFileReader
 
 _ATTEMPTS = 20
+_SMALL_ELEMENTS = 1 << 14
 
 
 class StoredTensor:
@@ -191,9 +193,21 @@ class Checkpoint:
 
 def verify_all(tensors: Iterable[StoredTensor]) -> None:
     """Verify tensors in a few threads: hashing and reading release the GIL."""
+    # One task for all that is small: handing over a task costs more than hashing a kilobyte.
+    batches: list[list[StoredTensor]] = [[]]
+    for tensor in tensors:
+        if math.prod(tensor.shape) < _SMALL_ELEMENTS:
+            batches[0].append(tensor)
+        else:
+            batches.append([tensor])
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(StoredTensor.verify, tensors):
+        for _ in pool.map(_verify_batch, batches):
             pass
+
+
+def _verify_batch(batch: list[StoredTensor]) -> None:
+    for tensor in batch:
+        tensor.verify()
 
 
 def _identity(path: Path) -> tuple[int, int, int] | None:

@@ -72,7 +72,7 @@ def decode(data: bytes, source: str) -> Decoded:
         raise CorruptError(f"{source}: native: nested deeper than {MAX_NATIVE_DEPTH} levels")
     if problems := list(_problems(manifest)):
         raise CorruptError("\n  ".join([f"{source}: contradicts itself:", *problems]))
-    known = msgspec.to_builtins(manifest)
+    known = msgspec.json.decode(msgspec.json.encode(manifest))
     known["native"] = raw["native"]  # all of it is known, to any depth
     return Decoded(manifest, _leftover(raw, known))
 
@@ -203,10 +203,12 @@ def _check_finite(members: dict[str, Any]) -> None:
 
 def _leftover(raw: Any, known: Any) -> Any:
     """What `raw` has and `known` lacks, nested as in `raw` (list items by index); empty where nothing is left over."""
+    if raw == known:  # most of a manifest, and compared much faster than walked
+        return {}
     if isinstance(raw, dict) and isinstance(known, dict):
         pairs = ((key, _leftover(value, known[key]) if key in known else value) for key, value in raw.items())
         return {key: rest for key, rest in pairs if key not in known or rest}
-    if isinstance(raw, list) and isinstance(known, list | tuple) and len(raw) == len(known):
+    if isinstance(raw, list) and isinstance(known, list) and len(raw) == len(known):
         pairs = ((str(index), _leftover(*both)) for index, both in enumerate(zip(raw, known, strict=True)))
         return {index: rest for index, rest in pairs if rest}
     return {}

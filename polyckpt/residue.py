@@ -126,12 +126,16 @@ def encode(
 
 def _plain(value: int | str, path: tuple[Any, ...]) -> int | str:
     """`value`, which must have a JSON form."""
+    if isinstance(value, int):
+        try:
+            str(value)
+        except ValueError as error:  # the interpreter's limit on digits, which the reader has too
+            raise UnsupportedError(f"{show(path)}: an integer of {value.bit_length()} bits is too large") from error
+        return value
     try:
-        value.encode() if isinstance(value, str) else str(value)
+        value.encode()
     except UnicodeEncodeError as error:
         raise UnsupportedError(f"{show(path)}: {value!r} is not valid Unicode") from error
-    except ValueError as error:  # the interpreter's limit on digits, which the reader has too
-        raise UnsupportedError(f"{show(path)}: an integer of {value.bit_length()} bits is too large") from error
     return value
 
 

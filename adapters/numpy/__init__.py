@@ -97,7 +97,7 @@ class NumpyAdapter:
             return Restore(apply=lambda: None, problems=[Problem("value", "rng", "numpy", stored=str(stored), live=str(live))])
         # On copies first, since nothing that comes so late in a load may fail.
         _try(lambda: _set_python_state(random.Random(0), state["python"]), "rng python")
-        _try(lambda: np.random.RandomState(copy.deepcopy(np.random.get_bit_generator())).set_state(state["numpy"]), "rng numpy")
+        _try(lambda: np.random.RandomState(copy.deepcopy(_global_bit_generator())).set_state(state["numpy"]), "rng numpy")
 
         def apply() -> None:
             _set_python_state(random, state["python"])
@@ -123,6 +123,11 @@ class NumpyAdapter:
         if kind != "numpy.dtype" or value not in DTYPES:
             raise ValueError(f"{kind!r} {value!r} is no constant of NumPy")
         return DTYPES[value].numpy
+
+
+def _global_bit_generator() -> Any:
+    # Public, but missing in NumPy's own list of what numpy.random exports.
+    return getattr(np.random, "get_bit_generator")()  # noqa: B009
 
 
 def _try(action: Callable[[], Any], what: str) -> Any:
