@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import keras
 
@@ -156,7 +156,7 @@ def describe(model: Any, names: Mapping[str, Any]) -> list[Layer]:
     return described
 
 
-def order(model: Any) -> str:
+def order(model: Any) -> Literal["execution", "definition"]:
     """`execution` where a graph says in what order layers run, `definition` where only the code does."""
     return "execution" if isinstance(model, keras.Sequential) or hasattr(model, "operations") else "definition"
 

@@ -142,7 +142,7 @@ def prepare(optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[
 
     def apply() -> Any:
         for problem, saved, live in found:
-            if problem is None and saved is not None:
+            if problem is None and saved is not None and live is not None:
                 live.assign(variables.tensor(saved))
         return optimizer
 
