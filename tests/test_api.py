@@ -363,3 +363,19 @@ def test_verify_false_reads_what_changed(tmp_path: Path) -> None:
     with pytest.raises(CorruptError):
         polyckpt.load(path, MODEL)
     assert polyckpt.load(path, MODEL, verify=False).model["w"].shape == (3, 2)
+
+
+def test_all_bytes_are_verified_before_anything_is_written(tmp_path: Path) -> None:
+    class Counts(Flaky):
+        calls = 0
+
+        def load_state_dict(self, state: dict[str, int]) -> None:
+            Counts.calls += 1
+
+    path = polyckpt.save(tmp_path / "c", MODEL, {"m": np.ones(3)}, extra={"a": Counts()})
+    data = bytearray((path / "weights.safetensors").read_bytes())
+    data[-1] ^= 1
+    (path / "weights.safetensors").write_bytes(data)
+    with pytest.raises(CorruptError, match=r"weights\.safetensors"):
+        polyckpt.load(path, MODEL, {"m": np.zeros(3)}, extra={"a": Counts()})
+    assert Counts.calls == 0
