@@ -107,7 +107,7 @@ def differences(first: Path, second: Path) -> dict[str, tuple[int, list[str]]]:
 
 
 def main(frameworks: list[str]) -> int:
-    console = Console(width=max(100, Console().width))
+    console = Console(width=max(112, Console().width))
     table = Table(title="Killed, resumed, and compared with a run that was never stopped")
     for column in ("framework", "killed in", "weights", "slots", "state", "metrics", "verdict"):
         table.add_column(column)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import operator
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -14,13 +13,11 @@ from typing import Any
 from polyckpt import __version__, manifest, objects, registry, residue, schema
 from polyckpt.adapter import Adapter, OptimizerCapture, Parts, Restore, StoredModel, StoredOptimizer
 from polyckpt.checkpoint import Checkpoint, verify_all
-from polyckpt.errors import CorruptError, MismatchError, Problem, UnsupportedError
+from polyckpt.errors import CorruptError, MismatchError, Problem
 from polyckpt.leaves import Leaf
-from polyckpt.names import join
-from polyckpt.storage import local, tensor_file
-
-Scalar = Any
-"""A number: of Python, or anything 0-dimensional with an `item()` method (NumPy, torch, JAX, TensorFlow scalars)."""
+from polyckpt.scalars import Scalar, count, learning_rate, optional_number, scalar, text
+from polyckpt.sections import Sections
+from polyckpt.storage import local
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,7 +81,7 @@ def save(
     adapter = registry.adapter_for(model, "model")
     parts = adapter.parts(model, optimizer)
     captured = adapter.capture_model(parts.model)
-    sections = _Sections()
+    sections = Sections()
     aliases = sections.add_weights(captured.weights)
     adapters = {registry.HOST: registry.named(registry.HOST), adapter.name: adapter}
     native: dict[str, Any] = {"model": captured.native, "model_rng": captured.rng}
@@ -96,7 +93,7 @@ def save(
         native["optimizer"] = {"adapter": owner.name, "state": optimized.native}
     if scheduler is not None:
         native["scheduler"] = objects.capture(scheduler, "scheduler")
-    native["extra"] = {_text(name, "extra"): objects.capture(value, f"extra {name!r}") for name, value in (extra or {}).items()}
+    native["extra"] = {text(name, "extra"): objects.capture(value, f"extra {name!r}") for name, value in (extra or {}).items()}
     native["rng"] = {name: tree for name, each in adapters.items() if (tree := each.capture_rng()) is not None}
     described = _describe_optimizer(optimized, sections) if optimized else None
     encoded = residue.encode(native, leaf=_encode_leaf, add_tensor=sections.add_state, path=())
@@ -111,12 +108,12 @@ def save(
             adapter=adapter.name,
             versions={name: version for each in adapters.values() for name, version in each.versions().items()},
         ),
-        "progress": schema.Progress(epoch=_count(epoch, "epoch"), step=_count(step, "step"), batch=_count(batch, "batch")),
+        "progress": schema.Progress(epoch=count(epoch, "epoch"), step=count(step, "step"), batch=count(batch, "batch")),
         "metrics": {
-            _text(name, "metrics"): schema.to_number(_scalar(value, f"metrics[{name!r}]"))
+            text(name, "metrics"): schema.to_number(scalar(value, f"metrics[{name!r}]"))
             for name, value in (metrics or {}).items()
         },
-        "learning_rate": _learning_rate(lr),
+        "learning_rate": learning_rate(lr),
         "model": schema.Model(type=captured.type, order=captured.order, layers=tuple(captured.layers), aliases=aliases),
         "optimizer": described,
         "native": encoded,
@@ -199,7 +196,7 @@ def load(
         step=checkpoint.manifest.progress.step,
         batch=checkpoint.manifest.progress.batch,
         metrics={name: schema.from_number(number) for name, number in metrics.items()},
-        lr=tuple(map(schema.from_number, rate)) if isinstance(rate, tuple) else _optional_number(rate),
+        lr=tuple(map(schema.from_number, rate)) if isinstance(rate, tuple) else optional_number(rate),
         model=restored_model,
         optimizer=restored_optimizer,
         scheduler=results.get("scheduler"),
@@ -220,70 +217,7 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint:
     return Checkpoint(path, verify=verify)
 
 
-class _Sections:
-    """The tensors of a save by section, each stored once however many names it has."""
-
-    def __init__(self) -> None:
-        self._leaves: dict[str, dict[str, Leaf]] = {"weights": {}, "optimizer": {}, "state": {}}
-        self._by_identity: dict[tuple[str, str, Any], str] = {}
-
-    def add(self, section: str, name: str, leaf: Leaf) -> str:
-        """Add a tensor; returns the name that it is stored under, which is another one where it is there already."""
-        identity = (section, leaf.dtype, leaf.identity)
-        if leaf.identity is not None and identity in self._by_identity:
-            return self._by_identity[identity]
-        if name in self._leaves[section]:
-            raise UnsupportedError(f"{section}: two tensors are named {name!r}")
-        self._leaves[section][name] = leaf
-        self._by_identity[identity] = name
-        return name
-
-    def add_weights(self, weights: Mapping[str, Leaf]) -> dict[str, str]:
-        """Add a model's tensors; returns the aliases among their names."""
-        stored = {name: self.add("weights", _text(name, "weights"), leaf) for name, leaf in weights.items()}
-        return {name: target for name, target in stored.items() if name != target}
-
-    def add_state(self, path: tuple[Any, ...], leaf: Leaf) -> str:
-        """Add a tensor of native residue under its path."""
-        name = join(path)
-        suffix = 1
-        # Keys of different types may be written alike, and a key may itself be a tensor.
-        while name in self._leaves["state"]:
-            suffix += 1
-            name = join([*path, f"({suffix})"])
-        return self.add("state", name, leaf)
-
-    def write(
-        self, directory: Path, metadata: Mapping[str, str]
-    ) -> tuple[dict[str, schema.TensorFile], dict[str, dict[str, schema.Tensor]]]:
-        """Write one tensor file per section that has tensors, weights always; returns the manifest's two tables."""
-        files: dict[str, schema.TensorFile] = {}
-        tensors: dict[str, dict[str, schema.Tensor]] = {}
-        for section, leaves in self._leaves.items():
-            tensors[section] = {}
-            if not leaves and section != "weights":
-                continue
-            file = f"{section}.safetensors"
-            keys = {_key(name, leaves): leaf for name, leaf in leaves.items()}
-            written = tensor_file.write(directory / file, keys, metadata if section == "weights" else {})
-            files[file] = written.entry
-            for (name, leaf), key in zip(leaves.items(), keys, strict=True):
-                chunk = schema.Chunk(
-                    file=file, key=key, offset=(0,) * len(leaf.shape), shape=leaf.shape, checksum=written.checksums[key]
-                )
-                tensors[section][name] = schema.Tensor(dtype=leaf.dtype, shape=leaf.shape, chunks=(chunk,))
-        return files, tensors
-
-
-def _key(name: str, taken: Mapping[str, Leaf]) -> str:
-    """The key of a tensor in its file: its name, unless that is the one which safetensors reserves."""
-    key = name
-    while key == "__metadata__" or (key != name and key in taken):
-        key += "~"
-    return key
-
-
-def _describe_optimizer(captured: OptimizerCapture, sections: _Sections) -> schema.Optimizer:
+def _describe_optimizer(captured: OptimizerCapture, sections: Sections) -> schema.Optimizer:
     slots = {}
     for slot, tensors in captured.slots.items():
         keys = {parameter: sections.add("optimizer", f"{slot}/{parameter}", leaf) for parameter, leaf in tensors.items()}
@@ -411,50 +345,3 @@ def _apply(prepared: Mapping[str, Restore]) -> dict[str, Any]:
                         earlier.undo()
             raise
     return results
-
-
-def _scalar(value: Scalar, what: str) -> float | int:
-    try:
-        number = value.item() if hasattr(value, "item") else value.numpy().item() if hasattr(value, "numpy") else value
-        if isinstance(number, str | bytes):
-            raise TypeError("text is no number")
-        whole = isinstance(number, int) and not isinstance(number, bool) and abs(number) < 1 << 1024
-        return int(number) if whole else float(number)
-    except (TypeError, ValueError, RuntimeError, ArithmeticError) as error:
-        kind = f"{type(value).__module__}.{type(value).__qualname__}"
-        raise UnsupportedError(f"{what}: {value!r:.200} ({kind}) is not one number: {error}") from error
-
-
-def _learning_rate(lr: Any) -> schema.Number | tuple[schema.Number, ...] | None:
-    if lr is None:
-        return None
-    if isinstance(lr, list | tuple):
-        return tuple(schema.to_number(_scalar(each, "lr")) for each in lr)
-    return schema.to_number(_scalar(lr, "lr"))
-
-
-def _optional_number(number: schema.Number | None) -> float | int | None:
-    return None if number is None else schema.from_number(number)
-
-
-def _count(value: Any, what: str) -> int | None:
-    if value is None:
-        return None
-    try:
-        count = operator.index(value.item() if hasattr(value, "item") else value)
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise UnsupportedError(f"{what}: {value!r:.200} is not a whole number") from error
-    if not 0 <= count < 1 << 63:
-        size = "negative" if count < 0 else "too large"
-        raise UnsupportedError(f"{what}: a count of {count.bit_length()} bits is {size}; it counts what is completed")
-    return count
-
-
-def _text(name: Any, where: str) -> str:
-    if not isinstance(name, str):
-        raise UnsupportedError(f"{where}: the name {name!r} is a {type(name).__name__}, not a string")
-    try:
-        name.encode()
-    except UnicodeEncodeError as error:
-        raise UnsupportedError(f"{where}: the name {name!r} is not valid Unicode") from error
-    return name

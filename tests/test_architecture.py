@@ -26,11 +26,11 @@ ADAPTER_MAY_IMPORT = {
 LAYERS = [
     ["errors"],
     ["schema", "checksums", "names", "dtypes"],
-    ["leaves", "layers", "optimizers"],
+    ["leaves", "layers", "optimizers", "scalars"],
     ["residue"],
     ["manifest"],
     ["storage", "storage.tensor_file", "storage.local"],
-    ["checkpoint"],
+    ["checkpoint", "sections"],
     ["adapter"],
     ["registry"],
     ["objects"],

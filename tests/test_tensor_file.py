@@ -291,7 +291,7 @@ def test_a_leaf_that_reads_otherwise_than_it_said_is_refused(read: Any, tmp_path
 
 
 def test_reserved_names_are_kept_apart(tmp_path: Path) -> None:
-    from polyckpt.api import _key
+    from polyckpt.sections import _key
 
     taken = dict.fromkeys(["__metadata__", "__metadata__~", "__metadata__~~", "x"])
     keys = [_key(name, taken) for name in taken]

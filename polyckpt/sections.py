@@ -1,0 +1,76 @@
+"""The tensors of a save by section, and the tensor files they become."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from polyckpt import scalars, schema
+from polyckpt.errors import UnsupportedError
+from polyckpt.leaves import Leaf
+from polyckpt.names import join
+from polyckpt.storage import tensor_file
+
+
+class Sections:
+    """The tensors of a save by section, each stored once however many names it has."""
+
+    def __init__(self) -> None:
+        self._leaves: dict[str, dict[str, Leaf]] = {"weights": {}, "optimizer": {}, "state": {}}
+        self._by_identity: dict[tuple[str, str, Any], str] = {}
+
+    def add(self, section: str, name: str, leaf: Leaf) -> str:
+        """Add a tensor; returns the name that it is stored under, which is another one where it is there already."""
+        identity = (section, leaf.dtype, leaf.identity)
+        if leaf.identity is not None and identity in self._by_identity:
+            return self._by_identity[identity]
+        if name in self._leaves[section]:
+            raise UnsupportedError(f"{section}: two tensors are named {name!r}")
+        self._leaves[section][name] = leaf
+        self._by_identity[identity] = name
+        return name
+
+    def add_weights(self, weights: Mapping[str, Leaf]) -> dict[str, str]:
+        """Add a model's tensors; returns the aliases among their names."""
+        stored = {name: self.add("weights", scalars.text(name, "weights"), leaf) for name, leaf in weights.items()}
+        return {name: target for name, target in stored.items() if name != target}
+
+    def add_state(self, path: tuple[Any, ...], leaf: Leaf) -> str:
+        """Add a tensor of native residue under its path."""
+        name = join(path)
+        suffix = 1
+        # Keys of different types may be written alike, and a key may itself be a tensor.
+        while name in self._leaves["state"]:
+            suffix += 1
+            name = join([*path, f"({suffix})"])
+        return self.add("state", name, leaf)
+
+    def write(
+        self, directory: Path, metadata: Mapping[str, str]
+    ) -> tuple[dict[str, schema.TensorFile], dict[str, dict[str, schema.Tensor]]]:
+        """Write one tensor file per section that has tensors, weights always; returns the manifest's two tables."""
+        files: dict[str, schema.TensorFile] = {}
+        tensors: dict[str, dict[str, schema.Tensor]] = {}
+        for section, leaves in self._leaves.items():
+            tensors[section] = {}
+            if not leaves and section != "weights":
+                continue
+            file = f"{section}.safetensors"
+            keys = {_key(name, leaves): leaf for name, leaf in leaves.items()}
+            written = tensor_file.write(directory / file, keys, metadata if section == "weights" else {})
+            files[file] = written.entry
+            for (name, leaf), key in zip(leaves.items(), keys, strict=True):
+                chunk = schema.Chunk(
+                    file=file, key=key, offset=(0,) * len(leaf.shape), shape=leaf.shape, checksum=written.checksums[key]
+                )
+                tensors[section][name] = schema.Tensor(dtype=leaf.dtype, shape=leaf.shape, chunks=(chunk,))
+        return files, tensors
+
+
+def _key(name: str, taken: Mapping[str, Leaf]) -> str:
+    """The key of a tensor in its file: its name, unless that is the one which safetensors reserves."""
+    key = name
+    while key == "__metadata__" or (key != name and key in taken):
+        key += "~"
+    return key
