@@ -346,11 +346,11 @@ class MasterRun(TorchRun):
         return float(loss)
 
 
-class AccumulationRun(TorchRun):
+class ExtrasRun(TorchRun):
     """EMA, an extra generator, a second optimizer, and steps through GradScaler's bookkeeping."""
 
     def __init__(self, seed: int) -> None:
-        super().__init__(seed, _optimizer("RAdam", lr=1e-2), extra=AccumulationRun._extras)
+        super().__init__(seed, _optimizer("RAdam", lr=1e-2), extra=ExtrasRun._extras)
 
     def _extras(self) -> dict[str, Any]:
         torch = self.torch
@@ -378,6 +378,31 @@ class AccumulationRun(TorchRun):
         scaler.update()
         self.extra["ema"].update_parameters(self.net)
         return float(loss)
+
+
+class AccumulationRun(TorchRun):
+    """Updates every second step; the save falls between the two, so the gradients are part of the run."""
+
+    micro_steps = 0
+
+    def step(self) -> float:
+        loss = self.forward()
+        loss.backward()
+        self.micro_steps += 1
+        if self.micro_steps % 2 == 0:
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return float(loss)
+
+    def save(self, path: Path) -> None:
+        gradients = {name: parameter.grad for name, parameter in self.net.named_parameters()}
+        polyckpt.save(path, self.net, self.optimizer, extra={"gradients": gradients, "micro_steps": self.micro_steps})
+
+    def load(self, path: Path) -> None:
+        restored = polyckpt.load(path, self.net, self.optimizer)
+        self.micro_steps = restored.extra["micro_steps"]
+        for name, parameter in self.net.named_parameters():
+            parameter.grad = restored.extra["gradients"][name]
 
 
 def _compiled_net() -> Any:
@@ -428,6 +453,7 @@ CASES: dict[str, Callable[[int], Any]] = {
     "recurrent": functools.partial(TorchRun, optimizer=_optimizer("NAdam", **_LR), net=_recurrent_net, data=_sequence),
     "dtypes": functools.partial(TorchRun, optimizer=_optimizer("AdamW", lr=0.1), net=_mixed_net, data=_bfloat),
     "float32-moments": functools.partial(MasterRun, optimizer=_MasterAdam(), net=_mixed_net, data=_bfloat),
-    "extras": AccumulationRun,
+    "extras": ExtrasRun,
+    "accumulation": functools.partial(AccumulationRun, optimizer=_optimizer("AdamW", **_LR)),
     "compiled": functools.partial(TorchRun, optimizer=_optimizer("Adam", **_LR), net=_compiled_net),
 }
