@@ -154,30 +154,8 @@ def load(
     native = _decode_native(checkpoint)
     restore_rng = (parts.optimizer is not None) if rng is None else rng
 
-    prepared: dict[str, Restore] = {}
-    stored_extra = native.get("extra") or {}
-    for name, value in (extra or {}).items():
-        prepared[f"extra {name}"] = _prepare_entry(stored_extra.get(name), value, f"extra {name}")
-    for name, entry in stored_extra.items():
-        if name not in (extra or {}) and entry["kind"] == objects.VALUE:
-            prepared[f"extra {name}"] = objects.prepare(None, entry, f"extra {name}")
-    if scheduler is not None:
-        prepared["scheduler"] = _prepare_entry(native.get("scheduler"), scheduler, "scheduler")
-    if parts.optimizer is not None:
-        prepared["optimizer"] = _prepare_optimizer(checkpoint, native, parts, adapter)
-    stored_model = StoredModel(
-        type=checkpoint.manifest.model.type,
-        weights=checkpoint.weights.stored,
-        aliases=checkpoint.manifest.model.aliases,
-        native=native.get("model"),
-        rng=native.get("model_rng"),
-    )
-    prepared["model"] = adapter.prepare_model(parts.model, stored_model, rng=restore_rng)
-    if restore_rng:
-        # The host's last of all: making what another framework needs may draw from Python's or NumPy's state.
-        for name, tree in sorted((native.get("rng") or {}).items(), key=lambda item: item[0] == registry.HOST):
-            prepared[f"rng {name}"] = registry.named(name).prepare_rng(tree)
-
+    with _readable(checkpoint):
+        prepared = _prepare(checkpoint, native, adapter, parts, scheduler, extra or {}, restore_rng)
     problems = tuple(problem for restore in prepared.values() for problem in restore.problems)
     if problems and strict:
         raise MismatchError(
@@ -217,6 +195,54 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint:
     return Checkpoint(path, verify=verify)
 
 
+def _prepare(
+    checkpoint: Checkpoint,
+    native: Mapping[str, Any],
+    adapter: Adapter,
+    parts: Parts,
+    scheduler: Any,
+    extra: Mapping[str, Any],
+    restore_rng: bool,
+) -> dict[str, Restore]:
+    """Every part of a load, compared and ready to apply, in the order to apply them in."""
+    prepared: dict[str, Restore] = {}
+    stored_extra = native.get("extra") or {}
+    for name, value in extra.items():
+        prepared[f"extra {name}"] = _prepare_entry(stored_extra.get(name), value, f"extra {name}")
+    for name, entry in stored_extra.items():
+        if name not in extra and entry["kind"] == objects.VALUE:
+            prepared[f"extra {name}"] = objects.prepare(None, entry, f"extra {name}")
+    if scheduler is not None:
+        prepared["scheduler"] = _prepare_entry(native.get("scheduler"), scheduler, "scheduler")
+    if parts.optimizer is not None:
+        prepared["optimizer"] = _prepare_optimizer(checkpoint, native, parts, adapter)
+    stored_model = StoredModel(
+        type=checkpoint.manifest.model.type,
+        weights=checkpoint.weights.stored,
+        aliases=checkpoint.manifest.model.aliases,
+        native=native.get("model"),
+        rng=native.get("model_rng"),
+    )
+    prepared["model"] = adapter.prepare_model(parts.model, stored_model, rng=restore_rng)
+    if restore_rng:
+        # The host's last of all: making what another framework needs may draw from Python's or NumPy's state.
+        for name, tree in sorted((native.get("rng") or {}).items(), key=lambda item: item[0] == registry.HOST):
+            prepared[f"rng {name}"] = registry.named(name).prepare_rng(tree)
+    return prepared
+
+
+@contextlib.contextmanager
+def _readable(checkpoint: Checkpoint) -> Iterator[None]:
+    """Native residue is what an adapter wrote; where it is not, reading it fails in as many ways as there are."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError) as error:
+        raise CorruptError(
+            f"{checkpoint.path}: its native residue is not what the adapter of {checkpoint.manifest.producer.adapter} writes, "
+            f"or an object given to load() failed: {error!r}"
+        ) from error
+
+
 def _describe_optimizer(captured: OptimizerCapture, sections: Sections) -> schema.Optimizer:
     slots = {}
     for slot, tensors in captured.slots.items():
@@ -239,10 +265,18 @@ def _encode_leaf(value: Any) -> Leaf | residue.Constant | None:
 
 def _decode_native(checkpoint: Checkpoint) -> dict[str, Any]:
     state = checkpoint.state.stored
+    made: dict[tuple[str, str], Any] = {}
 
     def tensor(name: str, kind: str) -> residue.TensorRef:
         registry.check_known(_package(kind))
-        return residue.TensorRef(state[name], lambda: registry.named(_package(kind)).tensor(state[name], kind))
+
+        # Two references to one stored tensor were one tensor when they were saved.
+        def make() -> Any:
+            if (name, kind) not in made:
+                made[name, kind] = registry.named(_package(kind)).tensor(state[name], kind)
+            return made[name, kind]
+
+        return residue.TensorRef(state[name], make)
 
     def constant(value: Any, kind: str) -> Any:
         return registry.named(_package(kind)).constant(value, kind)

@@ -52,7 +52,7 @@ class Constant:
 
 @dataclass(frozen=True, slots=True)
 class TensorRef:
-    """A tensor in a decoded tree, not read yet; `make()` reads it into a new tensor of its framework."""
+    """A tensor in a decoded tree, not read yet; `make()` reads it, once, into a new tensor of its framework."""
 
     stored: StoredTensor
     make: Callable[[], Any]

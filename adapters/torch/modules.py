@@ -70,17 +70,19 @@ def parameters(model: Any) -> list[tuple[str, Any]]:
 def prepare(model: Any, stored: StoredModel, section: str) -> Restore:
     """Compare a model with a stored one; `apply` copies every entry that fits into the live tensors."""
     live = entries(model)
-    others = (stored.native or {}).get("others", {})
+    others: Mapping[str, Any] = stored.native["others"]
+    versions = {str(key): int(version) for key, version in stored.native.get("versions", {}).items()}
+    values = {name: residue.live(value) for name, value in others.items()}
     problems = list(_problems(live, stored.weights, others, section))
     unfit = {problem.name for problem in problems}
 
     def apply() -> Any:
         fitting = [name for name in live if name in stored.weights and name not in unfit]
         plain = {live[name].key: tensors.mapped(stored.weights[name]) for name in fitting if not _expanded(live[name].value)}
-        values = {live[name].key: residue.live(value) for name, value in others.items() if name not in unfit}
+        rest = {live[name].key: value for name, value in values.items() if name not in unfit}
         by_hand = fitting
         if isinstance(model, nn.Module):
-            _load_module(model, {**plain, **values}, stored)
+            _load_module(model, {**plain, **rest}, versions)
             by_hand = [name for name in fitting if live[name].key not in plain]
         with torch.no_grad():
             for name in by_hand:
@@ -164,9 +166,8 @@ def _native(model: Any, found: Mapping[str, Entry]) -> dict[str, Any]:
     return {"others": others, "versions": versions}
 
 
-def _load_module(model: nn.Module, state: dict[str, Any], stored: StoredModel) -> None:
+def _load_module(model: nn.Module, state: dict[str, Any], versions: Mapping[str, int]) -> None:
     rename = _renamer(model)
-    versions = (stored.native or {}).get("versions", {})
     # load_state_dict reads the versions of modules from this attribute of the dict.
     state_dict = model.state_dict().__class__(state)
     state_dict._metadata = {  # type: ignore[attr-defined]

@@ -152,12 +152,13 @@ def prepare(
 ) -> Restore:
     """Compare an optimizer with a stored one by the names of parameters, not by their position."""
     names = _names(optimizer, parameters)
-    problems = list(_problems(optimizer, stored, names, section))
+    native = _read_native(stored.native)
+    problems = list(_problems(optimizer, stored, native, names, section))
     unfit = {problem.name for problem in problems}
 
     def apply() -> torch.optim.Optimizer:
         if _TYPE not in unfit and _GROUPS not in unfit:
-            _write(optimizer, stored, names, unfit)
+            _write(optimizer, stored, native, names, unfit)
         return optimizer
 
     slots = [tensor for entries in stored.slots.values() for tensor in entries.values()]
@@ -180,17 +181,39 @@ def prepare_tree(optimizer: torch.optim.Optimizer, tree: Mapping[str, Any], path
     return prepare(optimizer, StoredOptimizer(type=tree["type"], slots=slots, native=tree["native"]), [], path)
 
 
+@dataclass(frozen=True, slots=True)
+class _Native:
+    """The native residue of an optimizer: named groups, shapes of parameters, what is in its state beside slots."""
+
+    groups: list[dict[str, Any]]
+    shapes: dict[str, list[int]]
+    values: dict[str, dict[Any, Any]]
+    shared: dict[Any, Any]
+    other: dict[str, Any]
+
+
+def _read_native(tree: Mapping[str, Any]) -> _Native:
+    """Everything in the residue, read before anything is written, so that nothing in it can fail a half-done restore."""
+    return _Native(
+        groups=[{**residue.live(group), "params": list(group["params"])} for group in tree["groups"]],
+        shapes=dict(tree["shapes"]),
+        values={name: dict(residue.live(values)) for name, values in tree["values"].items()},
+        shared=dict(residue.live(tree["shared"])),
+        other=dict(residue.live(tree["other"])),
+    )
+
+
 _TYPE = "class"
 _GROUPS = "parameter groups"
 
 
 def _problems(
-    optimizer: torch.optim.Optimizer, stored: StoredOptimizer, names: Sequence[str], section: str
+    optimizer: torch.optim.Optimizer, stored: StoredOptimizer, native: _Native, names: Sequence[str], section: str
 ) -> Iterator[Problem]:
     if stored.type.rpartition(".")[2] != type(optimizer).__qualname__.rpartition(".")[2]:
         yield Problem("value", section, _TYPE, stored=stored.type, live=_type_name(optimizer))
         return
-    groups = stored.native["groups"]
+    groups = native.groups
     if len(groups) != len(optimizer.param_groups):
         yield Problem("value", section, _GROUPS, stored=str(len(groups)), live=str(len(optimizer.param_groups)))
         return
@@ -204,17 +227,18 @@ def _problems(
         for name in saved["params"]:
             if name not in inside:
                 yield Problem("unexpected", section, name, stored=f"it in group {index}", live=f"it not in group {index}")
-    shapes = stored.native["shapes"]
     for name, parameter in zip(names, _flat(optimizer), strict=True):
-        if name in shapes and shapes[name] != list(parameter.shape):
-            yield Problem("shape", section, name, stored=str(shapes[name]), live=str(list(parameter.shape)))
+        if native.shapes.get(name, list(parameter.shape)) != list(parameter.shape):
+            yield Problem("shape", section, name, stored=str(native.shapes[name]), live=str(list(parameter.shape)))
     for slot, entries in stored.slots.items():
         for name, tensor in entries.items():
             if not tensors.loadable(tensor):
                 yield Problem("dtype", section, f"{slot} of {name}", stored=str(tensor), live="no such type in torch")
 
 
-def _write(optimizer: torch.optim.Optimizer, stored: StoredOptimizer, names: Sequence[str], unfit: set[str]) -> None:
+def _write(
+    optimizer: torch.optim.Optimizer, stored: StoredOptimizer, native: _Native, names: Sequence[str], unfit: set[str]
+) -> None:
     index_of = {name: index for index, name in enumerate(names) if name not in unfit}
     state: dict[Any, dict[Any, Any]] = {}
     exact: dict[tuple[int, str], torch.Tensor] = {}
@@ -223,27 +247,19 @@ def _write(optimizer: torch.optim.Optimizer, stored: StoredOptimizer, names: Seq
         for name, tensor in entries.items():
             if name in index_of:
                 # One stored tensor in several places was one live tensor, which an in-place update reaches through all.
-                value = (
-                    copies.setdefault(id(tensor), tensors.copied(tensor)) if id(tensor) not in copies else copies[id(tensor)]
-                )
-                state.setdefault(index_of[name], {})[slot] = exact[index_of[name], slot] = value
-    for name, values in stored.native["values"].items():
+                if id(tensor) not in copies:
+                    copies[id(tensor)] = tensors.copied(tensor)
+                state.setdefault(index_of[name], {})[slot] = exact[index_of[name], slot] = copies[id(tensor)]
+    for name, values in native.values.items():
         if name in index_of:
-            state.setdefault(index_of[name], {}).update(residue.live(values))
+            state.setdefault(index_of[name], {}).update(values)
     before = [dict(group) for group in optimizer.param_groups]
     groups, position = [], 0
-    for saved, live in zip(stored.native["groups"], before, strict=True):
+    for saved, live in zip(native.groups, before, strict=True):
         count = len(live["params"])
-        groups.append(
-            {
-                **live,
-                **residue.live({key: value for key, value in saved.items() if key != "params"}),
-                "params": list(range(position, position + count)),
-            }
-        )
+        groups.append({**live, **saved, "params": list(range(position, position + count))})
         position += count
-    shared = residue.live(stored.native["shared"])
-    optimizer.load_state_dict({**residue.live(stored.native["other"]), "state": {**state, **shared}, "param_groups": groups})
+    optimizer.load_state_dict({**native.other, "state": {**state, **native.shared}, "param_groups": groups})
     _undo_casts(optimizer, exact)
     _keep_tensor_hyperparameters(optimizer, before)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 
 from polyckpt import residue
 from polyckpt.adapter import Restore
+from polyckpt.adapters.torch import tensors
 from polyckpt.errors import Problem
 
 
@@ -19,21 +21,24 @@ def capture() -> dict[str, Any]:
 
 def prepare(tree: Mapping[str, Any]) -> Restore:
     """Compare the devices there are with those whose states were saved."""
-    problems = []
-    live = dict(_accelerators(restoring=True))
+    accelerators = dict(_accelerators(restoring=True))
+    problems: list[Problem] = []
     for name, states in tree.items():
-        count = live[name].device_count() if name in live else 0
-        if name != "cpu" and count != len(states):
-            problems.append(
-                Problem("value", "rng", name, stored=f"{len(states)} devices", live=f"{count} (rng=False ignores it)")
-            )
+        stored = [states] if name == "cpu" else list(states)
+        live = [torch.get_rng_state()] if name == "cpu" else []
+        if name in accelerators:
+            live = accelerators[name].get_rng_state_all()
+        if len(stored) != len(live):
+            counts = {"stored": f"{len(stored)} devices", "live": f"{len(live)} (rng=False ignores it)"}
+            problems.append(Problem("value", "rng", name, **counts))
+        problems += filter(None, map(functools.partial(_compare_state, "rng", name), stored, live))
     unfit = {problem.name for problem in problems}
 
     def apply() -> None:
-        torch.set_rng_state(residue.live(tree["cpu"]))
         for name, states in tree.items():
-            if name != "cpu" and name not in unfit:
-                live[name].set_rng_state_all(residue.live(states))
+            if name not in unfit:
+                setter = torch.set_rng_state if name == "cpu" else accelerators[name].set_rng_state_all
+                setter(residue.live(states))
 
     return Restore(apply=apply, problems=problems, tensors=residue.tensors(dict(tree)))
 
@@ -46,23 +51,29 @@ def capture_generator(generator: torch.Generator) -> dict[str, Any]:
 def prepare_generator(generator: torch.Generator, tree: Mapping[str, Any], path: str) -> Restore:
     """Compare a generator's kind of device with that of a stored one: their states differ in form."""
     stored, live = torch.device(tree["device"]).type, generator.device.type
-    problems = (
-        [] if stored == live else [Problem("value", "extra", path, stored=f"a generator on {stored}", live=f"one on {live}")]
-    )
+    problem = _compare_state("extra", path, tree["state"], generator.get_state())
+    if stored != live:
+        problem = Problem("value", "extra", path, stored=f"a generator on {stored}", live=f"one on {live}")
     before: list[torch.Tensor] = []
 
     def apply() -> torch.Generator:
-        if not problems:
+        if problem is None:
             before.append(generator.get_state())
             generator.set_state(residue.live(tree["state"]))
         return generator
 
     return Restore(
         apply=apply,
-        problems=problems,
+        problems=[problem] if problem else [],
         tensors=residue.tensors(dict(tree)),
         undo=lambda: before and generator.set_state(before[0]),
     )
+
+
+def _compare_state(section: str, name: str, stored: Any, live: torch.Tensor) -> Problem | None:
+    """What keeps a stored state from being one: setting a state comes last in a load and must not fail."""
+    shown = str(stored.stored) if isinstance(stored, residue.TensorRef) else repr(stored)
+    return None if shown == tensors.show(live) else Problem("value", section, name, stored=shown, live=tensors.show(live))
 
 
 def _accelerators(restoring: bool = False) -> Iterator[tuple[str, Any]]:
