@@ -204,10 +204,25 @@ restored = polyckpt.load(path, *build(2.0), extra={"key": jax.random.key(1)})
 assert (restored.model["w"] == 1).all()
 """
 
+KERAS_BODY = """
+def build(value):
+    keras.utils.set_random_seed(value)
+    model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(2), keras.layers.Dropout(0.5)])
+    model.compile("adam", "mse", run_eagerly=True)
+    model.train_on_batch(np.ones((4, 3)), np.ones((4, 2)))
+    return model
+
+model, other = build(1), build(2)
+path = polyckpt.save(tempfile.mkdtemp() + "/c", model, extra={"g": keras.random.SeedGenerator(1)})
+polyckpt.load(path, other, extra={"g": keras.random.SeedGenerator(2)})
+assert (other.layers[0].kernel.numpy() == model.layers[0].kernel.numpy()).all()
+"""
+
 GUARDED = {
     "numpy": ("", NUMPY_BODY),
     "torch": ("import torch", TORCH_BODY),
     "jax": ("import jax, jax.numpy as jnp, optax", JAX_BODY),
+    "keras": ("import os; os.environ['KERAS_BACKEND'] = 'torch'; import keras", KERAS_BODY),
 }
 
 
