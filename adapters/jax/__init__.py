@@ -151,7 +151,8 @@ def _is_parameter(entry: trees.Entry) -> bool:
     """Whether a leaf can be trained: an nnx Param, or else any array of real or complex numbers."""
     if entry.variable is not None:
         return issubclass(entry.variable, trees.nnx().Param)
-    return jax.numpy.issubdtype(entry.value.dtype, np.inexact)
+    dtype = getattr(entry.value, "dtype", None)
+    return dtype is not None and jax.numpy.issubdtype(dtype, np.inexact)
 
 
 def _has_structure(value: Any) -> bool:
