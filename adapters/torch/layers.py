@@ -155,7 +155,7 @@ def _own_keys(module: nn.Module) -> list[str]:
 
 def _layers_of(module: nn.Module, path: str, own: dict[str, str]) -> list[tuple[Layer, Sequence[str]]]:
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
-    if isinstance(module, nn.RNNBase) and not parametrize.is_parametrized(module):
+    if isinstance(module, nn.RNNBase) and _is_plain(module):
         return _recurrent_layers(module, path, kind, own)
     row = _row(module)
     if isinstance(module, nn.modules.dropout._DropoutNd):
@@ -170,9 +170,14 @@ def _layers_of(module: nn.Module, path: str, own: dict[str, str]) -> list[tuple[
 
 
 def _row(module: nn.Module) -> Row | None:
-    if parametrize.is_parametrized(module):
+    if not _is_plain(module):
         return None
     return next((row for kind, row in _ROWS.items() if isinstance(module, kind)), None)
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module computes what torch's class of it does: a subclass with a forward of its own may mean anything."""
+    return type(module).forward.__module__.startswith("torch.nn.") and not parametrize.is_parametrized(module)
 
 
 def _recurrent_layers(module: nn.RNNBase, path: str, kind: str, own: dict[str, str]) -> list[tuple[Layer, Sequence[str]]]:

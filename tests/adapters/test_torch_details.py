@@ -305,3 +305,22 @@ def test_a_conjugate_view_is_stored_by_value(tmp_path: Path) -> None:
     values = torch.randn(3, dtype=torch.complex64)
     path = polyckpt.save(tmp_path / "c", {"plain": values, "conj": values.conj()})
     assert np.array_equal(polyckpt.inspect(path).weights["conj"], values.numpy().conj())
+
+
+def test_only_what_torch_itself_computes_is_described_as_such(tmp_path: Path) -> None:
+    class Twice(nn.Linear):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x) * 2
+
+    class Renamed(nn.Conv1d):
+        """The same computation under another name."""
+
+    class Momentumless(torch.optim.SGD):
+        def step(self, closure: Any = None) -> None:
+            pass
+
+    model = nn.Sequential(Twice(2, 3), Renamed(3, 2, 1), nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+    found = polyckpt.inspect(polyckpt.save(tmp_path / "c", model, Momentumless(model.parameters(), lr=0.1))).manifest
+    kinds = {layer.path: layer.kind for layer in found.model.layers}
+    assert (kinds["0"], kinds["1"], kinds["2"]) == ("custom", "conv", "custom")
+    assert found.optimizer is not None and found.optimizer.family == "custom"
