@@ -47,7 +47,11 @@ class KerasAdapter:
     def parts(self, model: Any, optimizer: Any | None) -> Parts:
         if optimizer is NO_OPTIMIZER:
             return Parts(model=model, optimizer=None)
-        return Parts(model=model, optimizer=getattr(model, "optimizer", None) if optimizer is None else optimizer)
+        main = getattr(model, "optimizer", None) if optimizer is None else optimizer
+        if owned := optimizers.owned(model, main):
+            together = optimizers.Several(main, owned)
+            return Parts(model=model, optimizer=together, join=lambda model, restored: (model, main if restored else None))
+        return Parts(model=model, optimizer=main)
 
     def capture_model(self, model: Any) -> ModelCapture:
         _check_built(model)
@@ -63,6 +67,8 @@ class KerasAdapter:
         )
 
     def capture_optimizer(self, optimizer: Any, model: ModelCapture) -> OptimizerCapture:
+        if isinstance(optimizer, optimizers.Several):
+            return optimizers.capture_several(optimizer, model.parameters)
         return optimizers.capture(optimizer, model.parameters)
 
     def prepare_model(self, model: Any, stored: StoredModel, *, rng: bool) -> Restore:
@@ -77,6 +83,8 @@ class KerasAdapter:
         return [*trained, *((name, variable.value) for name, variable in variables.weights(model).items())]
 
     def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]]) -> Restore:
+        if isinstance(optimizer, optimizers.Several):
+            return optimizers.prepare_several(optimizer, stored, parameters)
         return optimizers.prepare(optimizer, stored, parameters, "optimizer")
 
     def capture_object(self, value: Any) -> tuple[str, Any] | None:

@@ -6,6 +6,7 @@ names. Wrappers (loss scaling, several optimizers in one) are walked, and what t
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -167,6 +168,58 @@ def prepare_tree(optimizer: Any, tree: Mapping[str, Any], path: str) -> Restore:
         raise UnsupportedError(f"{path}: the optimizer is not built: call build(variables) before it is restored")
     slots = {slot: {name: ref.stored for name, ref in entries.items()} for slot, entries in tree["slots"].items()}
     return prepare(optimizer, StoredOptimizer(type=tree["type"], slots=slots, native=tree["native"]), [], path)
+
+
+@dataclass(frozen=True, slots=True)
+class Several:
+    """The main optimizer of a model, if it has one, and those that its own `train_step` uses, by attribute."""
+
+    main: Any | None
+    owned: Mapping[str, Any]
+
+
+def owned(model: Any, main: Any) -> dict[str, Any]:
+    """The optimizers among a model's attributes beside the `main` one, as a GAN has for its second network."""
+    main = {id(main), id(getattr(model, "optimizer", None))}
+    found = vars(model).items()
+    return {name: value for name, value in found if isinstance(value, keras.optimizers.Optimizer) and id(value) not in main}
+
+
+def capture_several(several: Several, parameters: Sequence[tuple[str, Any]]) -> OptimizerCapture:
+    """Describe the main optimizer; the others are native residue, their parameters by position."""
+    trees = {name: capture_tree(optimizer) for name, optimizer in several.owned.items()}
+    if several.main is None:
+        return OptimizerCapture(type=_NONE, family=optimizers.CUSTOM, slots={}, native={_OWNED: trees})
+    captured = capture(several.main, parameters)
+    return dataclasses.replace(captured, native={**captured.native, _OWNED: trees})
+
+
+def prepare_several(several: Several, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]]) -> Restore:
+    """The counterpart of `capture_several`."""
+    trees = stored.native.get(_OWNED, {})
+    parts = [prepare_tree(value, trees[name], f"optimizer {name}") for name, value in several.owned.items() if name in trees]
+    if several.main is not None:
+        parts.insert(0, prepare(several.main, stored, parameters, "optimizer"))
+    problems = [problem for part in parts for problem in part.problems]
+    problems += [
+        Problem("missing", "optimizer", name, live=_type_name(several.owned[name]))
+        for name in several.owned
+        if name not in trees
+    ]
+    problems += [
+        Problem("unexpected", "optimizer", name, stored=trees[name]["type"]) for name in trees if name not in several.owned
+    ]
+
+    def apply() -> Several:
+        for part in parts:
+            part.apply()
+        return several
+
+    return Restore(apply=apply, problems=problems, tensors=[tensor for part in parts for tensor in part.tensors])
+
+
+_OWNED = "owned by the model"
+_NONE = "none"
 
 
 def read(optimizer: Any, parameters: Sequence[tuple[str, Any]]) -> State:
