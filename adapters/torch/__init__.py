@@ -92,7 +92,7 @@ class TorchAdapter:
         return None
 
     def tensor(self, stored: StoredTensor, kind: str) -> Any:
-        return tensors.copied(stored)
+        return tensors.copied(stored, kind)
 
     def constant(self, value: Any, kind: str) -> Any:
         if kind == "torch.Size":

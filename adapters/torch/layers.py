@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -147,7 +148,8 @@ def describe(model: nn.Module, rename: Callable[[str], str]) -> list[Layer]:
 
 def _own_keys(module: nn.Module) -> list[str]:
     """Relative keys of the tensors that a module describes: its own, and an attention's output projection."""
-    keys = [*module._parameters, *module._buffers]
+    # Those of a scripted module have keys() but no iterator.
+    keys = [*module._parameters.keys(), *module._buffers.keys()]
     if isinstance(module, nn.MultiheadAttention):
         keys += [f"out_proj.{key}" for key in module.out_proj._parameters]
     return keys
@@ -156,7 +158,9 @@ def _own_keys(module: nn.Module) -> list[str]:
 def _layers_of(module: nn.Module, path: str, own: dict[str, str]) -> list[tuple[Layer, Sequence[str]]]:
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     if isinstance(module, nn.RNNBase) and _is_plain(module):
-        return _recurrent_layers(module, path, kind, own)
+        found = _recurrent_layers(module, path, kind, own)
+        if {name for _, names in found for name in names} == set(own.values()):
+            return found
     row = _row(module)
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return [(Layer(path=path, kind="dropout", type=kind, config={"rate": module.p}), [])]
@@ -177,7 +181,11 @@ def _row(module: nn.Module) -> Row | None:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module computes what torch's class of it does: a subclass with a forward of its own may mean anything."""
-    return type(module).forward.__module__.startswith("torch.nn.") and not parametrize.is_parametrized(module)
+    return (
+        not isinstance(module, torch.jit.ScriptModule)
+        and type(module).forward.__module__.startswith("torch.nn.")
+        and not parametrize.is_parametrized(module)
+    )
 
 
 def _recurrent_layers(module: nn.RNNBase, path: str, kind: str, own: dict[str, str]) -> list[tuple[Layer, Sequence[str]]]:
@@ -203,7 +211,8 @@ def _recurrent_layers(module: nn.RNNBase, path: str, kind: str, own: dict[str, s
 def _custom_roles(module: nn.Module, own: dict[str, str]) -> dict[str, tuple[str, str]]:
     roles = {}
     for key in own:
-        tensor = module.get_parameter(key) if key in module._parameters else module.get_buffer(key)
+        tensor = module._parameters[key] if key in module._parameters else module._buffers[key]
+        assert tensor is not None  # it stands in the state dict
         roles[key] = (key, " ".join(f"a{axis}" for axis in range(tensor.ndim)))
     return roles
 

@@ -14,7 +14,7 @@ from polyckpt import names, residue
 from polyckpt.adapter import ModelCapture, Restore, StoredModel
 from polyckpt.adapters.torch import layers, tensors
 from polyckpt.checkpoint import StoredTensor
-from polyckpt.errors import Problem, UnsupportedError
+from polyckpt.errors import MismatchError, Problem, UnsupportedError
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +48,10 @@ def entries(model: Any) -> dict[str, Entry]:
         return {rename(key): Entry(key, value) for key, value in model.state_dict(keep_vars=True).items()}
     if isinstance(model, torch.Tensor):
         return {"": Entry("", model)}
+    if inner := next((path for path, value in _walk(model, ()) if isinstance(value, nn.Module)), None):
+        raise UnsupportedError(
+            f"model: {names.join(inner)} is a module in a {type(model).__name__}: give torch.nn.ModuleDict or ModuleList"
+        )
     if isinstance(model, Mapping) and all(isinstance(key, str) and not _is_container(value) for key, value in model.items()):
         return {key: Entry(key, value) for key, value in model.items()}  # a state dict: names as a module has them
     found: dict[str, Entry] = {}
@@ -75,6 +79,7 @@ def prepare(model: Any, stored: StoredModel, section: str) -> Restore:
     values = {name: residue.live(value) for name, value in others.items()}
     problems = list(_problems(live, stored.weights, others, section))
     unfit = {problem.name for problem in problems}
+    before: dict[str, torch.Tensor] = {}
 
     def apply() -> Any:
         fitting = [name for name in live if name in stored.weights and name not in unfit]
@@ -82,7 +87,14 @@ def prepare(model: Any, stored: StoredModel, section: str) -> Restore:
         rest = {live[name].key: value for name, value in values.items() if name not in unfit}
         by_hand = fitting
         if isinstance(model, nn.Module):
-            _load_module(model, {**plain, **rest}, versions)
+            if _runs_foreign_code(model):
+                # With torch's own code alone nothing can fail here, and a copy of everything costs its memory.
+                before.update({name: live[name].value.detach().clone() for name in fitting})
+            try:
+                _load_module(model, {**plain, **rest}, versions)
+            except Exception as error:
+                refusal = f"{section}: {type(model).__name__}.load_state_dict() refused what was stored: {error}"
+                raise MismatchError(refusal) from error
             by_hand = [name for name in fitting if live[name].key not in plain]
         with torch.no_grad():
             for name in by_hand:
@@ -90,8 +102,26 @@ def prepare(model: Any, stored: StoredModel, section: str) -> Restore:
                 _once(live[name].value).copy_(_once(live[name].value, tensors.mapped(stored.weights[name])))
         return model
 
+    def undo() -> None:
+        with torch.no_grad():
+            for name, value in before.items():
+                _once(live[name].value).copy_(_once(live[name].value, value))
+
     needed = [stored.weights[name] for name in live if name in stored.weights]
-    return Restore(apply=apply, problems=problems, tensors=[*needed, *residue.tensors(dict(others))])
+    return Restore(apply=apply, problems=problems, tensors=[*needed, *residue.tensors(dict(others))], undo=undo)
+
+
+def _runs_foreign_code(model: nn.Module) -> bool:
+    """Whether loading runs code that is not torch's own, which may fail after it has written."""
+    return any(
+        module._load_state_dict_pre_hooks
+        or module._load_state_dict_post_hooks
+        or not all(
+            getattr(type(module), method).__module__.startswith("torch.")
+            for method in ("load_state_dict", "_load_from_state_dict", "set_extra_state")
+        )
+        for module in model.modules()
+    )
 
 
 def capture_tree(model: nn.Module) -> dict[str, Any]:
@@ -111,6 +141,9 @@ def _problems(
     live: Mapping[str, Entry], weights: Mapping[str, StoredTensor], others: Mapping[str, Any], section: str
 ) -> Iterator[Problem]:
     by_memory: dict[Any, str] = {}
+    for name, entry in live.items():
+        if _is_tensor(entry) and entry.value.is_inference() and not torch.is_inference_mode_enabled():
+            raise UnsupportedError(f"model: {name}: a tensor of inference mode can be written only there: load in that mode")
     for name, entry in live.items():
         shown = tensors.show(entry.value) if _is_tensor(entry) else f"a {type(entry.value).__name__}"
         if name not in weights and name not in others:

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from polyckpt import optimizers, residue
+from polyckpt import optimizers, residue, scalars
 from polyckpt.adapter import OptimizerCapture, Restore, StoredOptimizer
 from polyckpt.adapters.torch import tensors
-from polyckpt.errors import Problem
+from polyckpt.errors import MismatchError, Problem, UnsupportedError
 from polyckpt.leaves import Leaf
 from polyckpt.schema import Hyperparameter, ParameterGroup, to_number
 
@@ -114,6 +116,8 @@ _ROWS["AdamW"] = _ROWS["Adam"]
 def capture(optimizer: torch.optim.Optimizer, parameters: Sequence[tuple[str, Any]]) -> OptimizerCapture:
     """Describe an optimizer as it stands: nothing is stepped, and a parameter without state is stored as having none."""
     names = _names(optimizer, parameters)
+    known = {id(parameter) for _, parameter in parameters}
+    foreign = {name: each for name, each in zip(names, _flat(optimizer), strict=True) if parameters and id(each) not in known}
     state_dict = optimizer.state_dict()
     slots: dict[str, dict[str, Leaf]] = {}
     values: dict[str, dict[Any, Any]] = {}
@@ -141,6 +145,8 @@ def capture(optimizer: torch.optim.Optimizer, parameters: Sequence[tuple[str, An
             "shapes": {name: list(parameter.shape) for name, parameter in zip(names, _flat(optimizer), strict=True)},
             "values": values,
             "shared": shared,
+            # Parameters of a loss, or of a second model: nothing else would hold them.
+            "parameters": foreign,
             "other": {key: value for key, value in state_dict.items() if key not in ("state", "param_groups")},
         },
         learning_rate=_learning_rate(optimizer),
@@ -156,13 +162,42 @@ def prepare(
     problems = list(_problems(optimizer, stored, native, names, section))
     unfit = {problem.name for problem in problems}
 
+    before: list[Callable[[], None]] = []
+
     def apply() -> torch.optim.Optimizer:
         if _TYPE not in unfit and _GROUPS not in unfit:
-            _write(optimizer, stored, native, names, unfit)
+            before.append(_snapshot(optimizer, native.parameters.keys() - unfit, names))
+            try:
+                with torch.inference_mode(False):
+                    _write(optimizer, stored, native, names, unfit)
+            except Exception as error:
+                refusal = f"{section}: {type(optimizer).__name__}.load_state_dict() refused what was stored: {error}"
+                raise MismatchError(refusal) from error
         return optimizer
 
     slots = [tensor for entries in stored.slots.values() for tensor in entries.values()]
-    return Restore(apply=apply, problems=problems, tensors=[*slots, *residue.tensors(stored.native)])
+    return Restore(
+        apply=apply,
+        problems=problems,
+        tensors=[*slots, *residue.tensors(stored.native)],
+        undo=lambda: before[0]() if before else None,
+    )
+
+
+def _snapshot(optimizer: torch.optim.Optimizer, foreign: AbstractSet[str], names: Sequence[str]) -> Callable[[], None]:
+    """What puts an optimizer back. load_state_dict() makes state and groups anew, so that the old ones need no copy."""
+    state, groups = optimizer.state, optimizer.param_groups
+    written = [value for group in groups for value in group.values() if isinstance(value, torch.Tensor)]
+    written += [parameter for name, parameter in zip(names, _flat(optimizer), strict=True) if name in foreign]
+    values = [(value, value.detach().clone()) for value in written]
+
+    def back() -> None:
+        optimizer.state, optimizer.param_groups = state, groups
+        with torch.no_grad():
+            for tensor, value in values:
+                tensor.copy_(value)
+
+    return back
 
 
 def capture_tree(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
@@ -189,6 +224,7 @@ class _Native:
     shapes: dict[str, list[int]]
     values: dict[str, dict[Any, Any]]
     shared: dict[Any, Any]
+    parameters: dict[str, Any]
     other: dict[str, Any]
 
 
@@ -199,6 +235,7 @@ def _read_native(tree: Mapping[str, Any]) -> _Native:
         shapes=dict(tree["shapes"]),
         values={name: dict(residue.live(values)) for name, values in tree["values"].items()},
         shared=dict(residue.live(tree["shared"])),
+        parameters=dict(residue.live(tree.get("parameters", {}))),
         other=dict(residue.live(tree["other"])),
     )
 
@@ -230,6 +267,8 @@ def _problems(
     for name, parameter in zip(names, _flat(optimizer), strict=True):
         if native.shapes.get(name, list(parameter.shape)) != list(parameter.shape):
             yield Problem("shape", section, name, stored=str(native.shapes[name]), live=str(list(parameter.shape)))
+        elif (value := native.parameters.get(name)) is not None and tensors.show(value) != tensors.show(parameter):
+            yield Problem("dtype", section, name, stored=tensors.show(value), live=tensors.show(parameter))
     for slot, entries in stored.slots.items():
         for name, tensor in entries.items():
             if not tensors.loadable(tensor):
@@ -257,10 +296,20 @@ def _write(
     groups, position = [], 0
     for saved, live in zip(native.groups, before, strict=True):
         count = len(live["params"])
-        groups.append({**live, **saved, "params": list(range(position, position + count))})
+        kept = {"param_names": live["param_names"]} if "param_names" in live else {}
+        groups.append({**live, **saved, **kept, "params": list(range(position, position + count))})
         position += count
     optimizer.load_state_dict({**native.other, "state": {**state, **native.shared}, "param_groups": groups})
     _undo_casts(optimizer, exact)
+    flat = _flat(optimizer)
+    for name, values in native.values.items():
+        if name in index_of:
+            loaded = optimizer.state[flat[index_of[name]]]
+            loaded.update({slot: _uncast(loaded[slot], value) for slot, value in values.items() if slot in loaded})
+    with torch.no_grad():
+        for name, value in native.parameters.items():
+            if name in index_of:
+                flat[index_of[name]].copy_(value)
     _keep_tensor_hyperparameters(optimizer, before)
 
 
@@ -273,7 +322,24 @@ def _undo_casts(optimizer: torch.optim.Optimizer, exact: Mapping[tuple[int, str]
         # Where load_state_dict put it is right (a capturable step on the device), what it made of it is not.
         if isinstance(loaded, torch.Tensor) and loaded.shape == tensor.shape:
             place = (id(tensor), loaded.device)
-            optimizer.state[parameters[index]][slot] = moved.setdefault(place, tensor.to(loaded.device))
+            if place not in moved:
+                moved[place] = tensors.laid_out_like(tensor.to(loaded.device), parameters[index])
+            optimizer.state[parameters[index]][slot] = moved[place]
+
+
+def _uncast(loaded: Any, exact: Any) -> Any:
+    """`loaded` with the tensors of `exact`, however nested, on the devices where load_state_dict put them."""
+    if isinstance(exact, torch.Tensor):
+        return exact.to(loaded.device) if isinstance(loaded, torch.Tensor) else loaded
+    if isinstance(exact, dict) and isinstance(loaded, dict):
+        for key in exact.keys() & loaded.keys():
+            exact[key] = _uncast(loaded[key], exact[key])
+        return exact
+    if isinstance(exact, list | tuple | deque) and isinstance(loaded, type(exact)) and len(exact) == len(loaded):
+        values = [_uncast(*pair) for pair in zip(loaded, exact, strict=True)]
+        return deque(values, exact.maxlen) if isinstance(exact, deque) else type(exact)(values)
+    # load_state_dict rebuilds all that can be iterated, strings too, from a generator.
+    return exact
 
 
 def _keep_tensor_hyperparameters(optimizer: torch.optim.Optimizer, before: Sequence[Mapping[str, Any]]) -> None:
@@ -331,7 +397,15 @@ def _describe_groups(
 
 def _pick(group: Mapping[str, Any], key: str | tuple[str, int]) -> Any:
     value = group.get(key) if isinstance(key, str) else group.get(key[0], (None, None))[key[1]]
-    return value.item() if isinstance(value, torch.Tensor) else value
+    return _number(value) if hasattr(value, "item") else value if isinstance(value, bool | int | float | str) else None
+
+
+def _number(value: Any) -> float | int | None:
+    """A Python number, or None for what is not one."""
+    try:
+        return scalars.scalar(value, "")
+    except UnsupportedError:
+        return None
 
 
 def _conventions(optimizer: torch.optim.Optimizer, row: Row | None) -> dict[str, str]:
@@ -345,13 +419,17 @@ def _conventions(optimizer: torch.optim.Optimizer, row: Row | None) -> dict[str,
 
 def _step(optimizer: torch.optim.Optimizer) -> int | None:
     """Completed updates where all parameters that have a count agree."""
-    steps = {int(state["step"]) for state in optimizer.state.values() if isinstance(state, dict) and "step" in state}
-    return steps.pop() if len(steps) == 1 else None
+    steps = {_number(state["step"]) for state in optimizer.state.values() if isinstance(state, dict) and "step" in state}
+    step = steps.pop() if len(steps) == 1 else None
+    return int(step) if step is not None and step >= 0 and step % 1 == 0 else None
 
 
 def _learning_rate(optimizer: torch.optim.Optimizer) -> float | tuple[float, ...] | None:
-    rates = tuple(float(group["lr"]) for group in optimizer.param_groups if "lr" in group)
-    return rates[0] if len(rates) == 1 else rates or None
+    rates = [_number(group["lr"]) for group in optimizer.param_groups if "lr" in group]
+    found = tuple(float(rate) for rate in rates if rate is not None)
+    if not found or len(found) != len(rates):
+        return None
+    return found if len(found) > 1 else found[0]
 
 
 def _type_name(value: Any) -> str:

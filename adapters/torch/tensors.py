@@ -41,7 +41,8 @@ def leaf(tensor: torch.Tensor, what: str) -> Leaf:
         values = tensor.detach().resolve_conj().resolve_neg().cpu().contiguous()
         return values.reshape(-1).view(torch.uint8).numpy()
 
-    return Leaf(dtype=DTYPE_NAMES[tensor.dtype], shape=tuple(tensor.shape), read=read, identity=identity, kind=KIND)
+    kind = ".".join([KIND, *map(str, axes)]) if (axes := _axes_in_memory(tensor)) else KIND
+    return Leaf(dtype=DTYPE_NAMES[tensor.dtype], shape=tuple(tensor.shape), read=read, identity=identity, kind=kind)
 
 
 def mapped(stored: StoredTensor) -> torch.Tensor:
@@ -49,9 +50,22 @@ def mapped(stored: StoredTensor) -> torch.Tensor:
     return torch.from_numpy(stored.raw()).view(_DTYPES[stored.dtype]).reshape(stored.shape)
 
 
-def copied(stored: StoredTensor) -> torch.Tensor:
-    """A stored tensor as a new CPU tensor of its own."""
-    return mapped(stored).clone()
+def copied(stored: StoredTensor, kind: str = KIND) -> torch.Tensor:
+    """A stored tensor as a new CPU tensor of its own, in the memory layout that `kind` may name."""
+    axes = [int(axis) for axis in kind.split(".")[1:]]
+    # What is made for training must not be an inference tensor, wherever it is made.
+    with torch.inference_mode(False):
+        if not axes:
+            return mapped(stored).clone()
+        back = sorted(range(len(axes)), key=axes.__getitem__)
+        return mapped(stored).permute(axes).contiguous().clone().permute(back)
+
+
+def laid_out_like(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
+    """`tensor` in the memory layout of `parameter`: fused optimizers walk both as flat memory."""
+    if tensor.shape != parameter.shape or tensor.stride() == parameter.stride():
+        return tensor
+    return torch.empty_like(parameter, dtype=tensor.dtype, device=tensor.device, requires_grad=False).copy_(tensor)
 
 
 def loadable(stored: StoredTensor) -> bool:
@@ -62,6 +76,14 @@ def loadable(stored: StoredTensor) -> bool:
 def show(tensor: torch.Tensor) -> str:
     """A live tensor as errors show it: `float32[2, 3]`."""
     return f"{str(tensor.dtype).removeprefix('torch.')}{list(tensor.shape)}"
+
+
+def _axes_in_memory(tensor: torch.Tensor) -> list[int]:
+    """The axes of a dense tensor from the outermost in memory to the innermost; none where that is their own order."""
+    if tensor.is_contiguous() or not tensor.numel():
+        return []
+    axes = sorted(range(tensor.ndim), key=lambda axis: (-tensor.stride(axis), -tensor.shape[axis]))
+    return axes if tensor.permute(axes).is_contiguous() else []
 
 
 def _unsupported(tensor: torch.Tensor) -> str | None:

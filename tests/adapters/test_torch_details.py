@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import deque
 from pathlib import Path
 from typing import Any
 
@@ -324,3 +325,173 @@ def test_only_what_torch_itself_computes_is_described_as_such(tmp_path: Path) ->
     kinds = {layer.path: layer.kind for layer in found.model.layers}
     assert (kinds["0"], kinds["1"], kinds["2"]) == ("custom", "conv", "custom")
     assert found.optimizer is not None and found.optimizer.family == "custom"
+
+
+@pytest.mark.parametrize("name, options", [("AdamW", {}), ("SGD", {"momentum": 0.9}), ("Adagrad", {})])
+def test_slots_are_laid_out_as_their_parameters(tmp_path: Path, name: str, options: Any) -> None:
+    def make(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        # The fused kernels walk parameter, gradient and slots as one flat memory each.
+        return model, getattr(torch.optim, name)(model.parameters(), lr=0.01, fused=True, **options)
+
+    def train(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+        optimizer.zero_grad()
+        model(torch.linspace(0, 1, 384).view(2, 3, 8, 8)).square().mean().backward()
+        optimizer.step()
+
+    model, optimizer = make(0)
+    train(model, optimizer)
+    path = polyckpt.save(tmp_path / "c", model, optimizer)
+    other, second = make(1)
+    polyckpt.load(path, other, second)
+    train(model, optimizer)
+    train(other, second)
+    assert bits(other) == bits(model)
+
+
+def test_tensors_in_extra_keep_their_memory_layout(tmp_path: Path) -> None:
+    image = torch.rand(2, 3, 4, 5)
+    extra = {
+        "image": image.contiguous(memory_format=torch.channels_last),
+        "turned": image.permute(3, 0, 2, 1),
+        "gaps": image[:, :, ::2],
+        "repeated": image[:, :1].expand(2, 3, 4, 5),
+        "empty": image[:0],
+    }
+    model = nn.Linear(1, 1)
+    restored = polyckpt.load(polyckpt.save(tmp_path / "c", model, extra=extra), model).extra
+    assert all(torch.equal(value, extra[name]) for name, value in restored.items())
+    assert [restored[name].stride() for name in ("image", "turned")] == [extra[name].stride() for name in ("image", "turned")]
+    assert all(restored[name].is_contiguous() for name in ("gaps", "repeated", "empty"))
+
+
+class Nested(torch.optim.Optimizer):
+    """Keeps nested state in types other than that of its parameters."""
+
+    def __init__(self, parameters: Any, **options: Any) -> None:
+        super().__init__(parameters, {"lr": 0.1, **options})
+
+    def step(self, closure: Any = None) -> Any:
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                state = self.state[parameter]
+                state.setdefault("history", deque(maxlen=3)).append(parameter.grad.double() / 3)
+                state.setdefault("factors", {"left": (torch.rand(2, dtype=torch.float64), torch.arange(3))})
+
+
+def test_nested_optimizer_state_keeps_its_types(tmp_path: Path) -> None:
+    model = nn.Linear(5, 3)
+    optimizer = Nested(model.parameters())
+    step(model, optimizer)
+    path = polyckpt.save(tmp_path / "c", model, optimizer)
+    second = Nested(model.parameters())
+    polyckpt.load(path, model, second)
+    for parameter in model.parameters():
+        mine, theirs = optimizer.state[parameter], second.state[parameter]
+        assert torch.equal(mine["history"][0], theirs["history"][0]) and theirs["history"][0].dtype == torch.float64
+        assert theirs["factors"]["left"][0].dtype == torch.float64 and theirs["factors"]["left"][1].dtype == torch.int64
+        assert theirs["history"].maxlen == 3
+
+
+@pytest.mark.parametrize("value", [[1, 2], torch.tensor([1, 2]), "many", None])
+def test_odd_steps_and_rates_are_no_numbers_and_come_back(tmp_path: Path, value: Any) -> None:
+    model = nn.Linear(5, 3)
+    optimizer = Nested(model.parameters(), lr=value)
+    step(model, optimizer)
+    for state in optimizer.state.values():
+        state["step"] = value
+    path = polyckpt.save(tmp_path / "c", model, optimizer)
+    described = polyckpt.inspect(path).manifest
+    assert described.learning_rate is None and described.optimizer and described.optimizer.step is None
+    second = Nested(model.parameters())
+    polyckpt.load(path, model, second)
+    assert str(second.param_groups[0]["lr"]) == str(value) == str(second.state[model.bias]["step"])
+
+
+def test_a_rate_of_numpy(tmp_path: Path) -> None:
+    model = net()
+    optimizer = trained(model, lr=np.float32(0.25))
+    path = polyckpt.save(tmp_path / "c", model, optimizer)
+    described = polyckpt.inspect(path).manifest.optimizer
+    assert described and described.groups[0].hyperparameters["learning_rate"] == 0.25
+    assert polyckpt.load(path, model, optimizer).lr == 0.25
+
+
+def test_parameter_names_of_a_group_stay_those_of_its_parameters(tmp_path: Path) -> None:
+    model = net()
+    path = polyckpt.save(tmp_path / "c", model, torch.optim.AdamW(model.named_parameters()))
+    reverse = torch.optim.AdamW(list(model.named_parameters())[::-1])
+    names = list(reverse.param_groups[0]["param_names"])
+    polyckpt.load(path, model, reverse)
+    assert reverse.param_groups[0]["param_names"] == names
+
+
+class Refusing(nn.Linear):
+    """Has code of its own that fails in the middle of a load."""
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+        rest[-1].append("not today")
+
+
+def test_a_refusal_by_a_module_leaves_all_as_it_was(tmp_path: Path) -> None:
+    def make(seed: int) -> tuple[nn.Module, torch.optim.Optimizer]:
+        model = nn.Sequential(*net(seed), Refusing(3, 3))
+        return model, trained(model, lr=torch.tensor(0.5 + seed))
+
+    model, optimizer = make(0)
+    path = polyckpt.save(tmp_path / "c", model, optimizer)
+    other, second = make(1)
+    before, slots = bits(other), [value.clone() for state in second.state.values() for value in state.values()]
+    with pytest.raises(MismatchError, match=r"weights.*\n?.*not today"):
+        polyckpt.load(path, other, second)
+    assert bits(other) == before and second.param_groups[0]["lr"] == 1.5
+    assert all(map(torch.equal, slots, [value for state in second.state.values() for value in state.values()]))
+    step(other, second)
+
+
+def test_inference_mode(tmp_path: Path) -> None:
+    model = net()
+    optimizer = trained(model)
+    with torch.inference_mode():
+        path = polyckpt.save(tmp_path / "c", model, optimizer)
+        restored = polyckpt.load(path, model, optimizer)
+        frozen = net()
+    assert restored.optimizer is optimizer
+    step(model, optimizer)
+    with pytest.raises(UnsupportedError, match="inference"):
+        polyckpt.load(path, frozen)
+
+
+def test_parameters_of_the_optimizer_that_are_not_in_the_model(tmp_path: Path) -> None:
+    model, sigma = net(), nn.Parameter(torch.tensor([0.5]))
+    optimizer = torch.optim.SGD([*model.parameters(), sigma], lr=0.1)
+    path = polyckpt.save(tmp_path / "c", model, optimizer)
+    other = nn.Parameter(torch.tensor([0.25]))
+    polyckpt.load(path, model, torch.optim.SGD([*model.parameters(), other], lr=0.1))
+    assert other == 0.5
+    typed = nn.Parameter(torch.tensor([0.25], dtype=torch.float64))
+    with pytest.raises(MismatchError, match="float64"):
+        polyckpt.load(path, model, torch.optim.SGD([*model.parameters(), typed], lr=0.1))
+
+
+def test_a_scripted_module(tmp_path: Path) -> None:
+    model, other = torch.jit.script(net()), torch.jit.script(net(1))
+    path = polyckpt.save(tmp_path / "c", model, trained(model))
+    polyckpt.load(path, other, trained(other))
+    assert bits(other) == bits(model)
+
+
+def test_a_recurrent_layer_with_further_tensors_is_custom(tmp_path: Path) -> None:
+    model = nn.LSTM(3, 4)
+    with pytest.warns(FutureWarning):
+        nn.utils.weight_norm(model, "weight_hh_l0")
+    described = polyckpt.inspect(polyckpt.save(tmp_path / "c", model)).manifest.model.layers
+    assert [layer.kind for layer in described] == ["custom"]
+    assert {role.tensor for layer in described for role in layer.roles.values()} == set(model.state_dict())
+
+
+def test_a_dict_of_modules_is_refused_with_a_hint(tmp_path: Path) -> None:
+    with pytest.raises(UnsupportedError, match="ModuleDict"):
+        polyckpt.save(tmp_path / "c", {"generator": nn.Linear(1, 1), "critic": nn.Linear(1, 1)})
