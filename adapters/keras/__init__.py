@@ -63,7 +63,7 @@ class KerasAdapter:
             order=layers.order(model),
             parameters=self.parameters(model),
             native={"backend": keras.backend.backend()},
-            rng=rng.capture_states(variables.seed_states(model)),
+            rng=rng.capture_states(variables.run_states(model)),
         )
 
     def capture_optimizer(self, optimizer: Any, model: ModelCapture) -> OptimizerCapture:
@@ -75,12 +75,15 @@ class KerasAdapter:
         return _prepare(model, stored.weights, stored.rng if rng else None, "weights")
 
     def parameters(self, model: Any) -> Sequence[tuple[str, Any]]:
-        name_of = {id(variable): name for name, variable in variables.weights(model).items()}
-        trained = [(name_of[id(variable)], variable) for variable in model.trainable_variables]
-        if keras.backend.backend() != "torch":
-            return trained
-        # There a torch optimizer may hold the torch parameters behind the variables, frozen ones too.
-        return [*trained, *((name, variable.value) for name, variable in variables.weights(model).items())]
+        named = {name: value for name, value in variables.weights(model).items() if isinstance(value, keras.Variable)}
+        name_of = {id(variable): name for name, variable in named.items()}
+        found = [(name_of[id(variable)], variable) for variable in model.trainable_variables]
+        # An optimizer keeps what it was built for, although it may have been frozen since.
+        found += [(name, variable) for name, variable in named.items() if not variable.trainable]
+        if keras.backend.backend() == "torch":
+            # There a torch optimizer may hold the torch parameters behind the variables.
+            found += [(name, variable.value) for name, variable in named.items()]
+        return found
 
     def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]]) -> Restore:
         if isinstance(optimizer, optimizers.Several):
@@ -120,12 +123,17 @@ def _check_built(model: Any) -> None:
         if not layer.built and not isinstance(layer, keras.layers.InputLayer):
             raise UnsupportedError(
                 f"model: the layer {layer.path or layer.name} is not built, so it has no weights yet: "
-                "call the model once or build(input_shape)"
+                "call the model once or build(input_shape), with training=True where it runs only then"
             )
         if callable(getattr(layer, "get_vocabulary", None)):
             raise UnsupportedError(
                 f"model: the layer {layer.path or layer.name} is a {type(layer).__name__}, whose vocabulary is not made of "
                 "tensors: keep it outside the model, and save layer.get_vocabulary() in `extra`"
+            )
+        if isinstance(layer, keras.layers.Discretization) and layer.num_bins is not None:
+            raise UnsupportedError(
+                f"model: the layer {layer.path or layer.name} is a Discretization, whose adapted bin_boundaries are no "
+                "tensors: keep it outside the model and save layer.bin_boundaries in `extra`, or make it with these"
             )
 
 
@@ -133,12 +141,12 @@ def _prepare(model: Any, weights: Mapping[str, StoredTensor], states: Any, secti
     _check_built(model)
     live = variables.weights(model)
     found = {name: variables.compare(section, name, weights.get(name), live.get(name)) for name in {**live, **weights}}
-    seeds = rng.prepare_states(variables.seed_states(model), states) if states is not None else None
+    seeds = rng.prepare_states(variables.run_states(model), states) if states is not None else None
 
     def apply() -> Any:
         for name, problem in found.items():
             if problem is None:
-                live[name].assign(variables.tensor(weights[name]))
+                variables.assign(live[name], variables.tensor(weights[name]))
         if seeds:
             seeds.apply()
         return model
@@ -155,12 +163,13 @@ def _capture_layer(layer: Any) -> dict[str, Any]:
     named = variables.weights(layer)
     return {
         "weights": {name: variables.leaf(variable, name) for name, variable in named.items()},
-        "rng": rng.capture_states(variables.seed_states(layer)),
+        "rng": rng.capture_states(variables.run_states(layer)),
     }
 
 
 def _prepare_layer(layer: Any, tree: Mapping[str, Any], path: str) -> Restore:
-    return _prepare(layer, {name: ref.stored for name, ref in tree["weights"].items()}, tree["rng"], path)
+    weights = {name: ref.stored for name, ref in tree["weights"].items()}
+    return _prepare(layer, weights, tree["rng"], path)
 
 
 _OBJECTS: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any, Any, str], Restore]]] = {

@@ -144,6 +144,7 @@ def describe(model: Any, names: Mapping[str, Any]) -> list[Layer]:
         if roles is None:
             below = {id(weight) for child in variables.children(layer) for weight in child.weights}
             own = [weight for weight in layer.weights if id(weight) not in below | taken]
+            own += [buffer for _, buffer in variables.buffers(layer)]
             entry = _layer(layer, path, own, name_of)
         else:
             own = [weight for weight, _, _ in roles.values()]

@@ -132,7 +132,7 @@ def prepare(optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[
         problem = Problem("value", section, "class", stored=stored.type, live=_type_name(optimizer))
         return Restore(apply=lambda: optimizer, problems=[problem])
     if stored.native["built"] and not optimizer.built:
-        optimizer.build([variable for _, variable in parameters if isinstance(variable, keras.Variable)])
+        optimizer.build([variable for _, variable in parameters if isinstance(variable, keras.Variable) and variable.trainable])
     state = read(optimizer, parameters)
     others: dict[str, StoredTensor] = {name: ref.stored for name, ref in stored.native["others"].items()}
     pairs = [(name, others.get(name), state.others.get(name)) for name in {**others, **state.others}]
@@ -180,9 +180,23 @@ class Several:
 
 def owned(model: Any, main: Any) -> dict[str, Any]:
     """The optimizers among a model's attributes beside the `main` one, as a GAN has for its second network."""
-    main = {id(main), id(getattr(model, "optimizer", None))}
-    found = vars(model).items()
-    return {name: value for name, value in found if isinstance(value, keras.optimizers.Optimizer) and id(value) not in main}
+    mains = [each for each in (main, getattr(model, "optimizer", None)) if isinstance(each, keras.optimizers.Optimizer)]
+    covered = {id(part) for each in mains for _, part in _parts(each, ())}
+    found: dict[str, Any] = {}
+    for attribute, value in vars(model).items():
+        for name, item in _items(attribute, value):
+            if isinstance(item, keras.optimizers.Optimizer) and id(item) not in covered:
+                found[name] = item
+    return found
+
+
+def _items(attribute: str, value: Any) -> list[tuple[str, Any]]:
+    """What an attribute holds, by name: itself, or the members of a list or dict."""
+    if isinstance(value, dict):
+        return [(names.join((attribute, key)), item) for key, item in value.items()]
+    if isinstance(value, list | tuple):
+        return [(names.join((attribute, index)), item) for index, item in enumerate(value)]
+    return [(attribute, value)]
 
 
 def capture_several(several: Several, parameters: Sequence[tuple[str, Any]]) -> OptimizerCapture:

@@ -82,7 +82,8 @@ class Namer:
 
     Keras numbers automatic layer names process-wide: the same code gives `dense_1` here and `dense_7` there. So a segment of
     a variable's path that looks automatic (the snake-case name of a layer's class, or "variable", with or without a number)
-    is numbered anew, per model, in the order of first appearance; all other segments, which the user chose, stay as they are.
+    is numbered anew, below each parent, in the order of first appearance; all other segments, which the user chose, stay as
+    they are.
     """
 
     def __init__(self, model: Any) -> None:
@@ -93,8 +94,8 @@ class Namer:
             pattern = rf"((?:forward_|backward_)?{re.escape(_snake(type(layer).__name__))})(?:_\d+)?"
             if automatic := re.fullmatch(pattern, layer.name):
                 self._automatic[layer.name] = automatic[1]
-        self._canonical: dict[str, str] = {}
-        self._counts: dict[str, int] = {}
+        self._canonical: dict[tuple[str, ...], str] = {}
+        self._counts: dict[tuple[str, ...], int] = {}
         for variable in model.weights:
             if re.fullmatch(r"variable(_\d+)?", variable.name):
                 self._automatic[variable.name] = "variable"
@@ -102,33 +103,52 @@ class Namer:
             self(variable.path)
 
     def __call__(self, path: str) -> str:
-        return "/".join(self._segment(segment) for segment in path.split("/"))
-
-    def _segment(self, segment: str) -> str:
-        if segment not in self._automatic:
-            return segment
-        if segment not in self._canonical:
-            base = self._automatic[segment]
-            count = self._counts[base] = self._counts.get(base, -1) + 1
-            self._canonical[segment] = f"{base}_{count}" if count else base
-        return self._canonical[segment]
+        canonical: list[str] = []
+        raw: tuple[str, ...] = ()
+        for segment in path.split("/"):
+            raw = (*raw, segment)
+            if raw not in self._canonical:
+                base = self._automatic.get(segment, segment)
+                count = self._counts.get((*canonical, base), 0)
+                self._counts[(*canonical, base)] = count + 1
+                self._canonical[raw] = f"{base}_{count}" if count else base
+            canonical.append(self._canonical[raw])
+        return "/".join(canonical)
 
 
 def weights(model: Any) -> dict[str, Any]:
     """A model's weights, without random states and metrics, by canonical name; a name that recurs is numbered "...:1"."""
     namer = Namer(model)
     found: dict[str, Any] = {}
-    for variable in model.weights:
-        name, recurrence = namer(variable.path), 0
+    named = [(namer(variable.path), variable) for variable in model.weights]
+    named += [
+        (f"{namer(layer.path or layer.name)}/{key}", buffer) for layer in sublayers(model) for key, buffer in buffers(layer)
+    ]
+    for name, variable in named:
+        recurrence = 0
         while (unique := f"{name}:{recurrence}" if recurrence else name) in found:
             recurrence += 1
         found[unique] = variable
     return found
 
 
-def seed_states(model: Any) -> list[Any]:
-    """The states of all seed generators of a model, in its own order."""
-    return [variable for variable in model.variables if variable.path.rpartition("/")[2] == SEED_STATE]
+def run_states(model: Any) -> list[Any]:
+    """The states of a model's seed generators and of its stateful recurrent layers: they belong to a run, not to weights."""
+    seeds = [variable for variable in model.variables if variable.path.rpartition("/")[2] == SEED_STATE]
+    recurrent = [layer for layer in [model, *sublayers(model)] if isinstance(layer, keras.layers.RNN) and layer.stateful]
+    found = [state for layer in recurrent for state in keras.tree.flatten(layer.states) if isinstance(state, keras.Variable)]
+    # Bidirectional lists the states of both its layers once more.
+    return [*seeds, *{id(state): state for state in found}.values()]
+
+
+def buffers(layer: Any) -> list[tuple[str, Any]]:
+    """The buffers of a torch module that a layer wraps, which Keras itself does not track."""
+    return list(layer.module.named_buffers()) if isinstance(layer, keras.layers.TorchModuleWrapper) else []
+
+
+def assign(live: Any, value: Any) -> None:
+    """Write a tensor of the backend into a variable or a buffer."""
+    live.assign(value) if isinstance(live, keras.Variable) else live.detach().copy_(value)
 
 
 def sublayers(layer: Any) -> Iterator[Any]:

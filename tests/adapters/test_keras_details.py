@@ -214,3 +214,159 @@ def test_extras_of_keras(tmp_path: Path) -> None:
     assert np.array_equal(keras.ops.convert_to_numpy(keras.random.normal((3,), seed=other)), expected)
     assert np.array_equal(keras.ops.convert_to_numpy(restored.extra["table"]), np.arange(6.0).reshape(2, 3))
     assert values(ema) == values(extra["ema"])
+
+
+def test_optimizers_that_a_model_holds_in_a_list_are_not_left_out_silently(tmp_path: Path) -> None:
+    class Gan(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator, self.critic = layers.Dense(3), layers.Dense(1)
+
+        def compile(self, first: Any, second: Any) -> None:
+            super().compile()
+            self.first, self.others = first, [second]
+
+        def call(self, x: Any) -> Any:
+            return self.critic(self.generator(x))
+
+    def make() -> Any:
+        model = Gan()
+        model(np.ones((1, 3)))
+        model.compile(keras.optimizers.Adam(), keras.optimizers.SGD())
+        return model
+
+    model, other = make(), make()
+    for each in (model, other):
+        each.first.build(each.generator.trainable_variables)
+        each.others[0].build(each.critic.trainable_variables)
+    model.first.iterations.assign(3)
+    model.others[0].iterations.assign(4)
+    polyckpt.load(polyckpt.save(tmp_path / "c", model), other)
+    assert [int(other.first.iterations), int(other.others[0].iterations)] == [3, 4]
+    # The one that the compiled optimizer wraps is in it.
+    wrapped = net(compiled=None)
+    wrapped.inner = keras.optimizers.Adam()
+    wrapped.compile(keras.optimizers.LossScaleOptimizer(wrapped.inner), "mse")
+    path = polyckpt.save(tmp_path / "d", wrapped)
+    assert "owned by the model" not in polyckpt.inspect(path).manifest.native["optimizer"]["state"]
+
+
+def test_states_of_stateful_recurrent_layers_are_part_of_the_run(tmp_path: Path) -> None:
+    def make() -> Any:
+        model = keras.Sequential([keras.Input((4, 3), batch_size=2), layers.LSTM(5, stateful=True), layers.Dense(1)])
+        model.compile("sgd", "mse")
+        return model
+
+    model, other, x = make(), make(), np.random.rand(2, 4, 3)
+    model(x)
+    path = polyckpt.save(tmp_path / "c", model)
+    polyckpt.load(path, other, optimizer=False)
+    assert not np.any(keras.ops.convert_to_numpy(other.layers[0].states[0]))
+    polyckpt.load(path, other)
+    assert np.array_equal(keras.ops.convert_to_numpy(other(x)), keras.ops.convert_to_numpy(model(x)))
+
+
+def test_adapted_bin_boundaries_are_refused_by_name(tmp_path: Path) -> None:
+    def make(**options: Any) -> Any:
+        return keras.Sequential([keras.Input((3,)), layers.Discretization(**options), layers.Embedding(5, 2)])
+
+    model = make(num_bins=4)
+    model.layers[0].adapt(np.random.rand(50, 3).astype("float32"))
+    with pytest.raises(UnsupportedError, match="bin_boundaries"):
+        polyckpt.save(tmp_path / "c", model)
+    polyckpt.save(tmp_path / "d", make(bin_boundaries=[0.1, 0.2]))
+
+
+def test_layers_frozen_after_the_first_step(tmp_path: Path) -> None:
+    model, other = net(), net(1)
+    step(model)
+    model.layers[0].trainable = False
+    path = polyckpt.save(tmp_path / "c", model)
+    assert "sequential/dense/kernel" in polyckpt.inspect(path).manifest.optimizer.groups[0].parameters  # type: ignore[union-attr]
+    step(other)
+    other.layers[0].trainable = False
+    polyckpt.load(path, other)
+    assert values(other) == values(model)
+
+
+def test_a_fixed_name_beside_an_automatic_one(tmp_path: Path) -> None:
+    def make() -> Any:
+        cell = layers.RNN([layers.LSTMCell(3)], return_sequences=True)
+        block = keras.Sequential([layers.Dense(2, name="dense")])
+        return keras.Sequential([keras.Input((4, 3)), cell, layers.Bidirectional(layers.LSTM(2)), block, layers.Dense(1)])
+
+    keras.backend.clear_session()  # counts names from zero again
+    model = make()
+    path = polyckpt.save(tmp_path / "c", model)
+    other = make()
+    polyckpt.load(path, other, rng=True)
+    assert values(other) == values(model)
+    assert list(polyckpt.inspect(path).weights) == list(polyckpt.inspect(polyckpt.save(tmp_path / "d", other)).weights)
+
+
+def test_every_optimizer_of_a_model_is_saved(tmp_path: Path) -> None:
+    class Adversarial(keras.Model):
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator, self.critic = layers.Dense(3), layers.Dense(1)
+            self.critic_optimizer = keras.optimizers.RMSprop(0.1)
+
+        def call(self, x: Any) -> Any:
+            return self.critic(self.generator(x))
+
+        def train_step(self, data: Any) -> dict[str, Any]:
+            for layer, optimizer in ((self.critic, self.critic_optimizer), (self.generator, self.optimizer)):
+                loss = self(data[0]).square().mean()
+                self.zero_grad()
+                loss.backward()
+                variables = layer.trainable_variables
+                with torch.no_grad():
+                    optimizer.apply([variable.value.grad for variable in variables], variables)
+            return {"loss": loss}
+
+    def build(seed: int, compiled: bool = True) -> Any:
+        keras.utils.set_random_seed(seed)
+        model = Adversarial()
+        model(np.zeros((1, 4), "float32"))
+        if compiled:
+            model.compile("adam", run_eagerly=True)
+            model.optimizer.build(model.generator.trainable_variables)
+        model.critic_optimizer.build(model.critic.trainable_variables)
+        return model
+
+    def train(model: Any) -> None:
+        x = np.random.rand(6, 4).astype("float32")
+        model.train_on_batch(x, x)
+
+    def everything(model: Any) -> list[bytes]:
+        return [*values(model), *(variable.numpy().tobytes() for variable in model.critic_optimizer.variables)]
+
+    model, other = build(0), build(1)
+    train(model)
+    path = polyckpt.save(tmp_path / "c", model)
+    train(model)
+    restored = polyckpt.load(path, other)
+    assert restored.optimizer is other.optimizer
+    train(other)
+    assert everything(other) == everything(model)
+    bare = polyckpt.save(tmp_path / "bare", build(0, compiled=False))
+    with pytest.raises(MismatchError, match="optimizer"):
+        polyckpt.load(bare, other)
+    polyckpt.load(bare, build(1, compiled=False))
+
+
+def test_buffers_of_a_wrapped_torch_module(tmp_path: Path) -> None:
+    def make(width: int = 3) -> Any:
+        wrapped = layers.TorchModuleWrapper(torch.nn.Sequential(torch.nn.Linear(3, width), torch.nn.BatchNorm1d(width)))
+        model = keras.Sequential([keras.Input((3,)), wrapped, layers.Dense(1)])
+        model(np.ones((2, 3), "float32"))
+        return model
+
+    model, other = make(), make()
+    model(np.random.rand(4, 3).astype("float32"), training=True)
+    path = polyckpt.save(tmp_path / "c", model)
+    polyckpt.load(path, other)
+    mine, theirs = (each.layers[0].module.state_dict() for each in (model, other))
+    assert all(torch.equal(mine[key], theirs[key]) for key in mine)
+    with pytest.raises(MismatchError, match="running_mean"):
+        polyckpt.load(path, make(4))
