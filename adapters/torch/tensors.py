@@ -82,7 +82,7 @@ def _axes_in_memory(tensor: torch.Tensor) -> list[int]:
     """The axes of a dense tensor from the outermost in memory to the innermost; none where that is their own order."""
     if tensor.is_contiguous() or not tensor.numel():
         return []
-    axes = sorted(range(tensor.ndim), key=lambda axis: (-tensor.stride(axis), -tensor.shape[axis]))
+    axes = sorted(range(tensor.ndim), key=lambda axis: (-tensor.stride()[axis], -tensor.shape[axis]))
     return axes if tensor.permute(axes).is_contiguous() else []
 
 
