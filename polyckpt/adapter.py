@@ -115,6 +115,12 @@ class Restore:
     undo: Callable[[], Any] | None = None
 
 
+def another_kind(value: Any, kind: str, path: str) -> Restore:
+    """The refusal to restore what was stored as a `kind` into a live `value` that is none."""
+    problem = Problem("value", "extra", path, stored=f"a {kind}", live=f"a {type(value).__name__}")
+    return Restore(apply=lambda: value, problems=[problem])
+
+
 class Adapter(Protocol):
     """One framework. Instances hold no state; making one imports the framework."""
 

@@ -31,3 +31,13 @@ def split(name: str) -> list[str]:
     if not name:
         return []
     return ["" if part == "~2" else part.replace("~1", "/").replace("~0", "~") for part in name.split("/")]
+
+
+def type_name(value: object) -> str:
+    """The class of `value` as manifests name it.
+
+    >>> from collections import OrderedDict
+    >>> type_name(OrderedDict())
+    'collections.OrderedDict'
+    """
+    return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -8,6 +8,7 @@ from typing import Any
 from polyckpt import registry, residue
 from polyckpt.adapter import Restore
 from polyckpt.errors import MismatchError, Problem, UnsupportedError
+from polyckpt.names import type_name
 
 VALUE = "value"
 """The kind of what has no state of its own: it comes back as a new value."""
@@ -21,10 +22,10 @@ def capture(value: Any, path: str) -> dict[str, Any]:
         raise UnsupportedError(f"{path}: {value!r} holds no state that could be saved; rebuild it in code and leave it out")
     if adapter and (captured := adapter.capture_object(value)):
         kind, state = captured
-        return {"adapter": adapter.name, "kind": kind, "type": _type_name(value), "state": state}
+        return {"adapter": adapter.name, "kind": kind, "type": type_name(value), "state": state}
     if _has_state_dict(value):
-        return {"adapter": None, "kind": STATE_DICT, "type": _type_name(value), "state": value.state_dict()}
-    return {"adapter": None, "kind": VALUE, "type": _type_name(value), "state": value}
+        return {"adapter": None, "kind": STATE_DICT, "type": type_name(value), "state": value.state_dict()}
+    return {"adapter": None, "kind": VALUE, "type": type_name(value), "state": value}
 
 
 def prepare(live: Any, entry: dict[str, Any], path: str) -> Restore:
@@ -68,10 +69,6 @@ def _refused(live: Any, path: str, stored: str) -> Restore:
     section, _, name = path.partition(" ")
     problem = Problem("value", section, name or section, stored=stored, live=f"a {type(live).__name__}")
     return Restore(apply=lambda: live, problems=[problem])
-
-
-def _type_name(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
 
 
 def _has_state_dict(value: Any) -> bool:

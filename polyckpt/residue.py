@@ -29,7 +29,7 @@ from __future__ import annotations
 import base64
 import math
 from collections import Counter, OrderedDict, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -249,3 +249,17 @@ def show(path: tuple[Any, ...]) -> str:
 def _clip(data: Any) -> str:
     text = repr(data)
     return text if len(text) <= 80 else text[:77] + "..."
+
+
+def walk(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
+    """Every leaf of nested dicts, lists and tuples with its path."""
+    if len(path) > MAX_DEPTH:
+        raise UnsupportedError(f"{show(path[:6])}...: nested deeper than {MAX_DEPTH} levels, or contains itself")
+    if isinstance(tree, Mapping):
+        for key, child in tree.items():
+            yield from walk(child, (*path, key))
+    elif isinstance(tree, list | tuple):
+        for index, child in enumerate(tree):
+            yield from walk(child, (*path, index))
+    else:
+        yield path, tree

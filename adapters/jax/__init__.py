@@ -21,12 +21,14 @@ from polyckpt.adapter import (
     Restore,
     StoredModel,
     StoredOptimizer,
+    another_kind,
 )
 from polyckpt.adapters.jax import arrays, layers, optimizers, trees
 from polyckpt.adapters.jax.optimizers import Carried
 from polyckpt.checkpoint import StoredTensor
 from polyckpt.errors import MismatchError, Problem, UnsupportedError
 from polyckpt.leaves import Leaf
+from polyckpt.names import type_name
 from polyckpt.residue import Constant
 
 _PYTREE = "pytree"
@@ -61,7 +63,7 @@ class JaxAdapter:
         weights, native = trees.capture({name: entry for name, entry in found.items() if name not in random}, "model")
         described, order = layers.describe(model, weights)
         return ModelCapture(
-            type=layers.type_name(model),
+            type=type_name(model),
             weights=weights,
             layers=described,
             order=order,
@@ -98,8 +100,7 @@ class JaxAdapter:
     def prepare_object(self, value: Any, kind: str, tree: Any, *, path: str) -> Restore:
         live = _NNX if trees.is_graph(value) else _PYTREE
         if live != kind:
-            problem = Problem("value", "extra", path, stored=f"a {kind}", live=f"a {type(value).__name__}")
-            return Restore(apply=lambda: value, problems=[problem])
+            return another_kind(value, kind, path)
         return trees.restore(value, [trees.compare(trees.entries(value, path), trees.from_tree(tree, path), path)])
 
     def capture_rng(self) -> Any:

@@ -38,11 +38,6 @@ def describe(tree: Any, weights: Mapping[str, Leaf]) -> tuple[list[Layer], Liter
     return described.layers, "name" if described.sorted else "definition"
 
 
-def type_name(value: Any) -> str:
-    """The full name of the class of `value`."""
-    return f"{type(value).__module__}.{type(value).__qualname__}"
-
-
 def _fixed(**roles: tuple[str, str]) -> Callable[[Any], dict[str, tuple[str, str]]]:
     return lambda layer: roles
 
@@ -276,4 +271,4 @@ class _Describer:
         described = {role: Role(tensor=name, axes=named) for name, (role, named) in roles.values()}
         numbers = {key: to_number(value) if isinstance(value, float) else value for key, value in config.items()}
         self._taken.update(name for name, _ in roles.values())
-        self.layers.append(Layer(path=names.join(path), kind=kind, type=type_name(node), config=numbers, roles=described))
+        self.layers.append(Layer(path=names.join(path), kind=kind, type=names.type_name(node), config=numbers, roles=described))

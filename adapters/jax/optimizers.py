@@ -15,7 +15,6 @@ import numpy as np
 from polyckpt import names, optimizers
 from polyckpt.adapter import ModelCapture, OptimizerCapture, Restore, StoredOptimizer
 from polyckpt.adapters.jax import arrays, trees
-from polyckpt.adapters.jax.layers import type_name
 from polyckpt.adapters.jax.trees import Entry
 from polyckpt.errors import CorruptError
 from polyckpt.leaves import Leaf
@@ -141,7 +140,7 @@ def capture(optimizer: Any, model: ModelCapture) -> OptimizerCapture:
     groups = [_group(path, node, slots, model) for path, node in injected.items()]
     rates = [_float(node.hyperparams["learning_rate"]) for node in injected.values() if "learning_rate" in node.hyperparams]
     return OptimizerCapture(
-        type=type_name(state if isinstance(optimizer, Carried) else optimizer),
+        type=names.type_name(state if isinstance(optimizer, Carried) else optimizer),
         family=_family([kind for kind, _ in states.values()], set(meanings.values())),
         slots=slots,
         meanings=meanings,

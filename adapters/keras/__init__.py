@@ -17,10 +17,11 @@ from polyckpt.adapter import (
     Restore,
     StoredModel,
     StoredOptimizer,
+    another_kind,
 )
 from polyckpt.adapters.keras import layers, optimizers, rng, variables
 from polyckpt.checkpoint import StoredTensor
-from polyckpt.errors import Problem, UnsupportedError
+from polyckpt.errors import UnsupportedError
 from polyckpt.leaves import Leaf
 from polyckpt.residue import Constant
 
@@ -95,8 +96,7 @@ class KerasAdapter:
 
     def prepare_object(self, value: Any, kind: str, tree: Any, *, path: str) -> Restore:
         if kind not in _OBJECTS or not isinstance(value, _OBJECTS[kind][0]):
-            problem = Problem("value", "extra", path, stored=f"a {kind}", live=f"a {type(value).__name__}")
-            return Restore(apply=lambda: value, problems=[problem])
+            return another_kind(value, kind, path)
         return _OBJECTS[kind][2](value, tree, path)
 
     def capture_rng(self) -> Any:

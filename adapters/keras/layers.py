@@ -10,6 +10,7 @@ import keras
 
 from polyckpt.adapters.keras import variables
 from polyckpt.layers import CUSTOM
+from polyckpt.names import type_name
 from polyckpt.schema import Layer, Role, to_number
 
 Roles = Mapping[str, tuple[str, str]]
@@ -150,7 +151,7 @@ def describe(model: Any, names: Mapping[str, Any]) -> list[Layer]:
             own = [weight for weight, _, _ in roles.values()]
             attention = {role: Role(tensor=name_of[id(weight)], axes=axes) for role, (weight, role, axes) in roles.items()}
             config = {"heads": getattr(layer, _ATTENTIONS[type(layer).__name__])}
-            entry = Layer(path=path, kind="attention", type=_type_name(layer), config=config, roles=attention)
+            entry = Layer(path=path, kind="attention", type=type_name(layer), config=config, roles=attention)
         if own or entry.kind == "dropout":
             described.append(entry)
             taken |= {id(weight) for weight in own}
@@ -168,12 +169,12 @@ def _layer(layer: Any, path: str, own: list[Any], name_of: Mapping[int, str]) ->
     if row and all(variable.name in known for variable in own):
         config = {key: to_number(value) if isinstance(value, float) else value for key, value in row.config(layer).items()}
         roles = {known[variable.name][0]: Role(tensor=name_of[id(variable)], axes=known[variable.name][1]) for variable in own}
-        return Layer(path=path, kind=row.kind, type=_type_name(layer), config=config, roles=roles)
+        return Layer(path=path, kind=row.kind, type=type_name(layer), config=config, roles=roles)
     equation = getattr(layer, "equation", None)
     return Layer(
         path=path,
         kind=CUSTOM,
-        type=_type_name(layer),
+        type=type_name(layer),
         config={"equation": equation} if isinstance(equation, str) else {},
         roles=_custom_roles(own, name_of),
     )
@@ -202,7 +203,3 @@ def _dense_roles(dense: Any, projection: str, kernel: str, bias: str) -> Iterato
     for variable in dense.weights:
         axes = kernel if variable.name == "kernel" else bias
         yield f"{projection}_{variable.name}", (variable, f"{projection}_{variable.name}", axes)
-
-
-def _type_name(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -19,6 +19,7 @@ from polyckpt.adapters.keras import variables
 from polyckpt.checkpoint import StoredTensor
 from polyckpt.errors import Problem, UnsupportedError
 from polyckpt.leaves import Leaf
+from polyckpt.names import type_name
 from polyckpt.schema import Hyperparameter, ParameterGroup, to_number
 
 _ADAM = {"momentums": "first_moment", "velocities": "second_moment", "velocity_hats": "max_second_moment"}
@@ -111,7 +112,7 @@ def capture(optimizer: Any, parameters: Sequence[tuple[str, Any]]) -> OptimizerC
     }
     trained = tuple(name for name, _ in _trained(inner, parameters))
     return OptimizerCapture(
-        type=_type_name(optimizer),
+        type=type_name(optimizer),
         family=row.family if row else optimizers.CUSTOM,
         slots=slots,
         meanings={slot: _meaning(slot, row) for slot in slots},
@@ -129,7 +130,7 @@ def capture(optimizer: Any, parameters: Sequence[tuple[str, Any]]) -> OptimizerC
 def prepare(optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]], section: str) -> Restore:
     """Compare an optimizer with a stored one. One that is not built yet is built first, which only adds empty slots."""
     if stored.type.rpartition(".")[2] != type(optimizer).__name__:
-        problem = Problem("value", section, "class", stored=stored.type, live=_type_name(optimizer))
+        problem = Problem("value", section, "class", stored=stored.type, live=type_name(optimizer))
         return Restore(apply=lambda: optimizer, problems=[problem])
     if stored.native["built"] and not optimizer.built:
         optimizer.build([variable for _, variable in parameters if isinstance(variable, keras.Variable) and variable.trainable])
@@ -216,7 +217,7 @@ def prepare_several(several: Several, stored: StoredOptimizer, parameters: Seque
         parts.insert(0, prepare(several.main, stored, parameters, "optimizer"))
     problems = [problem for part in parts for problem in part.problems]
     problems += [
-        Problem("missing", "optimizer", name, live=_type_name(several.owned[name]))
+        Problem("missing", "optimizer", name, live=type_name(several.owned[name]))
         for name in several.owned
         if name not in trees
     ]
@@ -317,7 +318,3 @@ def _learning_rate(optimizer: Any) -> float | None:
         return float(keras.ops.convert_to_numpy(optimizer.learning_rate))
     except (ValueError, AttributeError):
         return None
-
-
-def _type_name(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"

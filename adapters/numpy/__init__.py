@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import random
-from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,11 +18,13 @@ from polyckpt.adapter import (
     Restore,
     StoredModel,
     StoredOptimizer,
+    another_kind,
 )
 from polyckpt.checkpoint import StoredTensor
 from polyckpt.dtypes import DTYPES
 from polyckpt.errors import CorruptError, PolyckptError, Problem, UnsupportedError
 from polyckpt.leaves import Leaf, array_leaf
+from polyckpt.names import type_name
 from polyckpt.residue import Constant
 
 _SLOTS = "tree"
@@ -44,11 +46,11 @@ class NumpyAdapter:
 
     def capture_model(self, model: Any) -> ModelCapture:
         weights, native = _flatten(model, "model")
-        return ModelCapture(type=_type_name(model), weights=weights, order="definition", native=native)
+        return ModelCapture(type=type_name(model), weights=weights, order="definition", native=native)
 
     def capture_optimizer(self, optimizer: Any, model: ModelCapture) -> OptimizerCapture:
         slots, native = _flatten(optimizer, "optimizer")
-        return OptimizerCapture(type=_type_name(optimizer), family="custom", slots={_SLOTS: slots}, native=native)
+        return OptimizerCapture(type=type_name(optimizer), family="custom", slots={_SLOTS: slots}, native=native)
 
     def prepare_model(self, model: Any, stored: StoredModel, *, rng: bool) -> Restore:
         return _prepare_tree(model, stored.weights, stored.native, "weights")
@@ -69,8 +71,7 @@ class NumpyAdapter:
 
     def prepare_object(self, value: Any, kind: str, tree: Any, *, path: str) -> Restore:
         if kind not in _GENERATORS or not isinstance(value, _GENERATORS[kind][0]):
-            problem = Problem("value", "extra", path, stored=f"a {kind}", live=f"a {type(value).__name__}")
-            return Restore(apply=lambda: value, problems=[problem])
+            return another_kind(value, kind, path)
         _, get, put = _GENERATORS[kind]
         live, stored = (get(value), tree) if isinstance(tree, dict) else ({}, {})
         if live.get("bit_generator") != stored.get("bit_generator"):
@@ -167,27 +168,11 @@ _GENERATORS: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any, Any], No
 """Kind -> class, reading its state, writing it."""
 
 
-def _walk(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    """Every leaf of nested dicts, lists and tuples with its path."""
-    if len(path) > residue.MAX_DEPTH:
-        raise UnsupportedError(
-            f"{residue.show(path[:6])}...: nested deeper than {residue.MAX_DEPTH} levels, or contains itself"
-        )
-    if isinstance(tree, Mapping):
-        for key, child in tree.items():
-            yield from _walk(child, (*path, key))
-    elif isinstance(tree, list | tuple):
-        for index, child in enumerate(tree):
-            yield from _walk(child, (*path, index))
-    else:
-        yield path, tree
-
-
 def _flatten(tree: Any, what: str) -> tuple[dict[str, Leaf], dict[str, Any]]:
     """The arrays of a tree by name, and its other leaves by name."""
     arrays: dict[str, Leaf] = {}
     others: dict[str, Any] = {}
-    for path, leaf in _walk(tree):
+    for path, leaf in residue.walk(tree):
         name = names.join(path)
         if name in arrays or name in others:
             raise UnsupportedError(f"{what}: two entries are named {name!r}: keys that differ only in type")
@@ -204,7 +189,7 @@ def _flatten(tree: Any, what: str) -> tuple[dict[str, Leaf], dict[str, Any]]:
 def _prepare_tree(template: Any, tensors: Mapping[str, StoredTensor], others: Mapping[str, Any], section: str) -> Restore:
     if not isinstance(others, dict):
         raise CorruptError(f"{section}: native residue is {others!r:.80}, not an object")
-    live = {names.join(path): leaf for path, leaf in _walk(template)}
+    live = {names.join(path): leaf for path, leaf in residue.walk(template)}
     problems = []
     for name, leaf in live.items():
         shown = f"{leaf.dtype.name}{list(leaf.shape)}" if isinstance(leaf, np.ndarray) else repr(leaf)
@@ -256,7 +241,3 @@ def _rebuild(tree: Any, value: Callable[[tuple[Any, ...], Any], Any], path: tupl
         items = [_rebuild(child, value, (*path, index)) for index, child in enumerate(tree)]
         return type(tree)(*items) if hasattr(tree, "_fields") else type(tree)(items)
     return value(path, tree)
-
-
-def _type_name(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"

@@ -15,6 +15,7 @@ from polyckpt.adapter import ModelCapture, Restore, StoredModel
 from polyckpt.adapters.torch import layers, tensors
 from polyckpt.checkpoint import StoredTensor
 from polyckpt.errors import MismatchError, Problem, UnsupportedError
+from polyckpt.names import type_name
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ def capture(model: Any) -> ModelCapture:
     weights = {name: tensors.leaf(entry.value, name) for name, entry in found.items() if _is_tensor(entry)}
     described = layers.describe(model, _renamer(model)) if isinstance(model, nn.Module) else []
     return ModelCapture(
-        type=_type_name(model),
+        type=type_name(model),
         weights=weights,
         layers=described,
         order="definition",
@@ -48,14 +49,14 @@ def entries(model: Any) -> dict[str, Entry]:
         return {rename(key): Entry(key, value) for key, value in model.state_dict(keep_vars=True).items()}
     if isinstance(model, torch.Tensor):
         return {"": Entry("", model)}
-    if inner := next((path for path, value in _walk(model, ()) if isinstance(value, nn.Module)), None):
+    if inner := next((path for path, value in residue.walk(model) if isinstance(value, nn.Module)), None):
         raise UnsupportedError(
             f"model: {names.join(inner)} is a module in a {type(model).__name__}: give torch.nn.ModuleDict or ModuleList"
         )
     if isinstance(model, Mapping) and all(isinstance(key, str) and not _is_container(value) for key, value in model.items()):
         return {key: Entry(key, value) for key, value in model.items()}  # a state dict: names as a module has them
     found: dict[str, Entry] = {}
-    for path, value in _walk(model, ()):
+    for path, value in residue.walk(model):
         name = names.join(path)
         if name in found:
             raise UnsupportedError(f"model: two entries are named {name!r}: keys that differ only in type")
@@ -242,24 +243,9 @@ def _renamer(model: Any) -> _Renamer:
     return _Renamer(model)
 
 
-def _walk(tree: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], Any]]:
-    if isinstance(tree, Mapping):
-        for key, child in tree.items():
-            yield from _walk(child, (*path, key))
-    elif isinstance(tree, list | tuple):
-        for index, child in enumerate(tree):
-            yield from _walk(child, (*path, index))
-    else:
-        yield path, tree
-
-
 def _is_tensor(entry: Entry) -> bool:
     return isinstance(entry.value, torch.Tensor)
 
 
 def _is_container(value: Any) -> bool:
     return isinstance(value, Mapping | list | tuple)
-
-
-def _type_name(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"

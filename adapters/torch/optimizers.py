@@ -15,6 +15,7 @@ from polyckpt.adapter import OptimizerCapture, Restore, StoredOptimizer
 from polyckpt.adapters.torch import tensors
 from polyckpt.errors import MismatchError, Problem, UnsupportedError
 from polyckpt.leaves import Leaf
+from polyckpt.names import type_name
 from polyckpt.schema import Hyperparameter, ParameterGroup, to_number
 
 _ADAM_SLOTS = {"exp_avg": "first_moment", "exp_avg_sq": "second_moment", "max_exp_avg_sq": "max_second_moment"}
@@ -133,7 +134,7 @@ def capture(optimizer: torch.optim.Optimizer, parameters: Sequence[tuple[str, An
                 values.setdefault(names[key], {})[slot] = value
     row = _row(optimizer)
     return OptimizerCapture(
-        type=_type_name(optimizer),
+        type=type_name(optimizer),
         family=row.family if row else optimizers.CUSTOM,
         slots=slots,
         meanings={slot: "step" if slot == "step" else row.slots.get(slot, optimizers.CUSTOM) for slot in slots} if row else {},
@@ -248,7 +249,7 @@ def _problems(
     optimizer: torch.optim.Optimizer, stored: StoredOptimizer, native: _Native, names: Sequence[str], section: str
 ) -> Iterator[Problem]:
     if stored.type.rpartition(".")[2] != type(optimizer).__qualname__.rpartition(".")[2]:
-        yield Problem("value", section, _TYPE, stored=stored.type, live=_type_name(optimizer))
+        yield Problem("value", section, _TYPE, stored=stored.type, live=type_name(optimizer))
         return
     groups = native.groups
     if len(groups) != len(optimizer.param_groups):
@@ -430,7 +431,3 @@ def _learning_rate(optimizer: torch.optim.Optimizer) -> float | tuple[float, ...
     if not found or len(found) != len(rates):
         return None
     return found if len(found) > 1 else found[0]
-
-
-def _type_name(value: Any) -> str:
-    return f"{type(value).__module__}.{type(value).__qualname__}"
