@@ -15,6 +15,7 @@ vocab, dim      rows and columns of an embedding
 gate, unit      gates of a recurrent cell (order in the config, `gate_order`) and its hidden units
 which           input or recurrent part, where one bias tensor holds both
 qkv, head, hd   query/key/value, attention heads, features of a head
+group           query heads that share a head of keys and values, where several do
 1               an axis of size one that means nothing; every kind may have it
 ==============  =============================================================================================
 """
@@ -29,7 +30,7 @@ from polyckpt.schema import Layer
 _KERNEL = frozenset({"in", "out", "k1", "k2", "k3"})
 _NORMALISED = frozenset({"c", *(f"n{i}" for i in range(1, 9))})
 _CELL = frozenset({"in", "gate", "unit"})
-_ATTENTION = frozenset({"in", "out", "qkv", "head", "hd"})
+_ATTENTION = frozenset({"in", "out", "qkv", "head", "group", "hd"})
 _BIAS = frozenset({"out"})
 _CHANNELS = frozenset({"c"})
 

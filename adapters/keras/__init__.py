@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from importlib import metadata
 from typing import Any, ClassVar
@@ -21,8 +22,9 @@ from polyckpt.adapter import (
 )
 from polyckpt.adapters.keras import layers, optimizers, rng, variables
 from polyckpt.checkpoint import StoredTensor
-from polyckpt.errors import UnsupportedError
+from polyckpt.errors import Problem, UnsupportedError
 from polyckpt.leaves import Leaf
+from polyckpt.names import type_name
 from polyckpt.residue import Constant
 
 _BACKEND_PACKAGES = {"tensorflow": ("tensorflow", "tensorflow-cpu"), "torch": ("torch",), "jax": ("jax", "jaxlib")}
@@ -49,46 +51,33 @@ class KerasAdapter:
         if optimizer is NO_OPTIMIZER:
             return Parts(model=model, optimizer=None)
         main = getattr(model, "optimizer", None) if optimizer is None else optimizer
-        if owned := optimizers.owned(model, main):
-            together = optimizers.Several(main, owned)
-            return Parts(model=model, optimizer=together, join=lambda model, restored: (model, main if restored else None))
-        return Parts(model=model, optimizer=main)
+        whole = optimizers.whole(model, main)
+        return Parts(model=model, optimizer=whole, join=lambda model, restored: (model, main if restored else None))
 
     def capture_model(self, model: Any) -> ModelCapture:
         _check_built(model)
         named = variables.weights(model)
         return ModelCapture(
-            type=f"{type(model).__module__}.{type(model).__qualname__}",
+            type=type_name(model),
             weights={name: variables.leaf(variable, f"model: {name}") for name, variable in named.items()},
             layers=layers.describe(model, named),
             order=layers.order(model),
-            parameters=self.parameters(model),
-            native={"backend": keras.backend.backend()},
+            parameters=variables.parameters(model),
+            native={"backend": keras.backend.backend(), "attributes": _attributes(model, named)},
             rng=rng.capture_states(variables.run_states(model)),
         )
 
     def capture_optimizer(self, optimizer: Any, model: ModelCapture) -> OptimizerCapture:
-        if isinstance(optimizer, optimizers.Several):
-            return optimizers.capture_several(optimizer, model.parameters)
         return optimizers.capture(optimizer, model.parameters)
 
     def prepare_model(self, model: Any, stored: StoredModel, *, rng: bool) -> Restore:
-        return _prepare(model, stored.weights, stored.rng if rng else None, "weights")
+        attributes = (stored.native or {}).get("attributes", {})
+        return _prepare(model, stored.weights, attributes, stored.rng if rng else None, "weights")
 
     def parameters(self, model: Any) -> Sequence[tuple[str, Any]]:
-        named = {name: value for name, value in variables.weights(model).items() if isinstance(value, keras.Variable)}
-        name_of = {id(variable): name for name, variable in named.items()}
-        found = [(name_of[id(variable)], variable) for variable in model.trainable_variables]
-        # An optimizer keeps what it was built for, although it may have been frozen since.
-        found += [(name, variable) for name, variable in named.items() if not variable.trainable]
-        if keras.backend.backend() == "torch":
-            # There a torch optimizer may hold the torch parameters behind the variables.
-            found += [(name, variable.value) for name, variable in named.items()]
-        return found
+        return variables.parameters(model)
 
     def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]]) -> Restore:
-        if isinstance(optimizer, optimizers.Several):
-            return optimizers.prepare_several(optimizer, stored, parameters)
         return optimizers.prepare(optimizer, stored, parameters, "optimizer")
 
     def capture_object(self, value: Any) -> tuple[str, Any] | None:
@@ -130,6 +119,11 @@ def _check_built(model: Any) -> None:
                 f"model: the layer {layer.path or layer.name} is a {type(layer).__name__}, whose vocabulary is not made of "
                 "tensors: keep it outside the model, and save layer.get_vocabulary() in `extra`"
             )
+        if callable(getattr(layer, "save_assets", None)):
+            raise UnsupportedError(
+                f"model: the layer {layer.path or layer.name} is a {type(layer).__name__}, which saves assets that are "
+                "no tensors: keep it outside the model, or hold its state in weights"
+            )
         if isinstance(layer, keras.layers.Discretization) and layer.num_bins is not None:
             raise UnsupportedError(
                 f"model: the layer {layer.path or layer.name} is a Discretization, whose adapted bin_boundaries are no "
@@ -137,16 +131,29 @@ def _check_built(model: Any) -> None:
             )
 
 
-def _prepare(model: Any, weights: Mapping[str, StoredTensor], states: Any, section: str) -> Restore:
+def _attributes(model: Any, named: Mapping[str, Any]) -> dict[str, str]:
+    """The attributes that lead to each weight, by its name: what tells apart layers with automatic names."""
+    places = variables.places(model)
+    return {name: places[id(variable)] for name, variable in named.items() if id(variable) in places}
+
+
+def _prepare(
+    model: Any, weights: Mapping[str, StoredTensor], attributes: Mapping[str, str], states: Any, section: str
+) -> Restore:
     _check_built(model)
     live = variables.weights(model)
     found = {name: variables.compare(section, name, weights.get(name), live.get(name)) for name in {**live, **weights}}
-    seeds = rng.prepare_states(variables.run_states(model), states) if states is not None else None
+    for name, place in _attributes(model, live).items():
+        if name in weights and attributes.get(name, place) != place:
+            stored = f"the attribute {attributes[name]}"
+            found[name] = Problem("value", section, name, stored=stored, live=f"the attribute {place}")
+    seeds = rng.prepare_states(variables.run_states(model), states, "rng") if states is not None else None
 
     def apply() -> Any:
         for name, problem in found.items():
             if problem is None:
                 variables.assign(live[name], variables.tensor(weights[name]))
+        variables.refresh(model)
         if seeds:
             seeds.apply()
         return model
@@ -161,29 +168,54 @@ def _prepare(model: Any, weights: Mapping[str, StoredTensor], states: Any, secti
 def _capture_layer(layer: Any) -> dict[str, Any]:
     _check_built(layer)
     named = variables.weights(layer)
+    optimizer = optimizers.whole(layer, getattr(layer, "optimizer", None))
     return {
         "weights": {name: variables.leaf(variable, name) for name, variable in named.items()},
+        "attributes": _attributes(layer, named),
         "rng": rng.capture_states(variables.run_states(layer)),
+        "optimizer": None if optimizer is None else optimizers.capture_tree(optimizer, variables.parameters(layer)),
     }
 
 
 def _prepare_layer(layer: Any, tree: Mapping[str, Any], path: str) -> Restore:
     weights = {name: ref.stored for name, ref in tree["weights"].items()}
-    return _prepare(layer, weights, tree["rng"], path)
+    prepared = _prepare(layer, weights, tree.get("attributes", {}), tree["rng"], path)
+    optimizer, stored = optimizers.whole(layer, getattr(layer, "optimizer", None)), tree.get("optimizer")
+    if optimizer is None:
+        return prepared
+    if stored is None:
+        problem = Problem("missing", path, "optimizer", live=type_name(optimizer))
+        return dataclasses.replace(prepared, problems=[*prepared.problems, problem])
+    optimized = optimizers.prepare_tree(optimizer, stored, f"{path} optimizer", variables.parameters(layer))
+
+    def apply() -> Any:
+        optimized.apply()
+        return prepared.apply()
+
+    return Restore(
+        apply=apply,
+        problems=[*prepared.problems, *optimized.problems],
+        tensors=[*prepared.tensors, *optimized.tensors],
+    )
 
 
 _OBJECTS: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any, Any, str], Restore]]] = {
     "layer": (keras.layers.Layer, _capture_layer, _prepare_layer),
     "optimizer": (keras.optimizers.Optimizer, optimizers.capture_tree, optimizers.prepare_tree),
+    "variable": (
+        keras.Variable,
+        lambda variable: rng.capture_states([variable]),
+        lambda variable, tree, path: rng.prepare_states([variable], tree, path, variable),
+    ),
     "seed_generator": (
         keras.random.SeedGenerator,
         lambda generator: rng.capture_states([generator.state]),
-        lambda generator, tree, path: rng.prepare_states([generator.state], tree, generator),
+        lambda generator, tree, path: rng.prepare_states([generator.state], tree, path, generator),
     ),
     "metric": (
         keras.metrics.Metric,
         lambda metric: rng.capture_states(metric.variables),
-        lambda metric, tree, path: rng.prepare_states(metric.variables, tree, metric),
+        lambda metric, tree, path: rng.prepare_states(metric.variables, tree, path, metric),
     ),
 }
 """Kind of a stateful object -> class, reading it as a tree, preparing its restore."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import keras
 
+from polyckpt import layers
 from polyckpt.adapters.keras import variables
 from polyckpt.layers import CUSTOM
 from polyckpt.names import type_name
@@ -141,8 +142,8 @@ def describe(model: Any, names: Mapping[str, Any]) -> list[Layer]:
     taken: set[int] = set()
     for layer in [model, *variables.sublayers(model)]:
         path = namer(layer.path or layer.name)
-        roles = dict(_attention_roles(layer)) if type(layer).__name__ in _ATTENTIONS else None
-        if roles is None:
+        roles = dict(_attention_roles(layer)) if type(layer).__name__ in _ATTENTIONS else {}
+        if not _axes_agree(roles.values()):
             below = {id(weight) for child in variables.children(layer) for weight in child.weights}
             own = [weight for weight in layer.weights if id(weight) not in below | taken]
             own += [buffer for _, buffer in variables.buffers(layer)]
@@ -193,10 +194,23 @@ def _custom_roles(own: list[Any], name_of: Mapping[int, str]) -> dict[str, Role]
 
 def _attention_roles(layer: Any) -> Iterator[tuple[str, tuple[Any, str, str]]]:
     """(role, (weight, role, axes)) of the four projections of an attention layer."""
+    # Several query heads may share a key and value head; those that do are neighbours.
+    query = "(head group)" if type(layer).__name__ == "GroupedQueryAttention" else "head"
     for projection in _PROJECTIONS:
-        dense = getattr(layer, f"_{projection}_dense")
-        yield from _dense_roles(dense, projection, "in head hd", "head hd")
-    yield from _dense_roles(layer._output_dense, "output", "head hd out", "out")
+        dense, head = getattr(layer, f"_{projection}_dense"), query if projection == "query" else "head"
+        yield from _dense_roles(dense, projection, f"in {head} hd", f"{head} hd")
+    yield from _dense_roles(layer._output_dense, "output", f"{query} hd out", "out")
+
+
+def _axes_agree(roles: Iterable[tuple[Any, str, str]]) -> bool:
+    """Whether there are roles, and axes of one name are of one size: not so where keys and values have other widths."""
+    sizes: dict[tuple[str, ...], int] = {}
+    fits = [
+        len(layers.axes(pattern)) == len(weight.shape)
+        and all(sizes.setdefault(axis, size) == size for axis, size in zip(layers.axes(pattern), weight.shape, strict=True))
+        for weight, _, pattern in roles
+    ]
+    return bool(fits) and all(fits)
 
 
 def _dense_roles(dense: Any, projection: str, kernel: str, bias: str) -> Iterator[tuple[str, tuple[Any, str, str]]]:

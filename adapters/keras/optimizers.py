@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import keras
+import numpy as np
 
 from polyckpt import names, optimizers, residue
 from polyckpt.adapter import OptimizerCapture, Restore, StoredOptimizer
@@ -96,7 +97,16 @@ class State:
 
 
 def capture(optimizer: Any, parameters: Sequence[tuple[str, Any]]) -> OptimizerCapture:
-    """Describe an optimizer as it stands; one that is not built yet has no slots."""
+    """Describe an optimizer as it stands; one that is not built yet has no slots.
+
+    Of several, the main one is described; the others are native residue, their parameters by position.
+    """
+    if isinstance(optimizer, Several):
+        trees = {name: capture_tree(each) for name, each in optimizer.owned.items()}
+        if optimizer.main is None:
+            return OptimizerCapture(type=_NONE, family=optimizers.CUSTOM, slots={}, native={_OWNED: trees})
+        captured = capture(optimizer.main, parameters)
+        return dataclasses.replace(captured, native={**captured.native, _OWNED: trees})
     state = read(optimizer, parameters)
     row = _row(optimizer)
     slots: dict[str, dict[str, Leaf]] = {
@@ -110,17 +120,19 @@ def capture(optimizer: Any, parameters: Sequence[tuple[str, Any]]) -> OptimizerC
     hyperparameters: dict[str, Hyperparameter] = {
         name: to_number(value) for name, value in keys.items() if isinstance(value, bool | int | float)
     }
-    trained = tuple(name for name, _ in _trained(inner, parameters))
+    trained = _trained(inner, parameters)
     return OptimizerCapture(
         type=type_name(optimizer),
         family=row.family if row else optimizers.CUSTOM,
         slots=slots,
         meanings={slot: _meaning(slot, row) for slot in slots},
-        groups=[ParameterGroup(parameters=trained, hyperparameters=hyperparameters)],
+        groups=[ParameterGroup(parameters=tuple(name for name, _ in trained), hyperparameters=hyperparameters)],
         conventions=_conventions(inner, row, state),
         step=int(keras.ops.convert_to_numpy(inner.iterations)),
         native={
             "built": bool(optimizer.built),
+            "parameters": {name: variables.show(variable) for name, variable in trained},
+            "settings": _settings(optimizer),
             "others": {name: variables.leaf(variable, f"optimizer: {name}") for name, variable in state.others.items()},
         },
         learning_rate=_learning_rate(optimizer),
@@ -128,47 +140,118 @@ def capture(optimizer: Any, parameters: Sequence[tuple[str, Any]]) -> OptimizerC
 
 
 def prepare(optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]], section: str) -> Restore:
-    """Compare an optimizer with a stored one. One that is not built yet is built first, which only adds empty slots."""
+    """Compare an optimizer with a stored one.
+
+    One that is not built yet is built for the parameters that the stored one had, as its first step would do; before the
+    load is applied only where these fit, so that a refused load leaves it as it was.
+    """
+    if isinstance(optimizer, Several):
+        return _prepare_several(optimizer, stored, parameters, section)
     if stored.type.rpartition(".")[2] != type(optimizer).__name__:
         problem = Problem("value", section, "class", stored=stored.type, live=type_name(optimizer))
         return Restore(apply=lambda: optimizer, problems=[problem])
+    problems = list(_compare_settings(optimizer, stored.native.get("settings", {}), section))
+    build_for: list[Any] = []
     if stored.native["built"] and not optimizer.built:
-        optimizer.build([variable for _, variable in parameters if isinstance(variable, keras.Variable) and variable.trainable])
+        build_for, unfit = _to_build(stored, parameters, section)
+        problems += unfit
+        if not problems:
+            optimizer.build(build_for)
+    if optimizer.built or not stored.native["built"]:
+        problems += [problem for problem, _, _ in _pairs(optimizer, stored, parameters, section) if problem]
+
+    def apply() -> Any:
+        if build_for and not optimizer.built:
+            optimizer.build(build_for)
+        for problem, saved, live in _pairs(optimizer, stored, parameters, section):
+            if problem is None and saved is not None and live is not None:
+                live.assign(variables.tensor(saved))
+        return optimizer
+
+    slots = [tensor for entries in stored.slots.values() for tensor in entries.values()]
+    return Restore(apply=apply, problems=problems, tensors=[*slots, *residue.tensors(stored.native)])
+
+
+def _pairs(
+    optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]], section: str
+) -> list[tuple[Problem | None, StoredTensor | None, Any]]:
+    """What keeps each stored tensor from its variable, if anything does, and both."""
     state = read(optimizer, parameters)
     others: dict[str, StoredTensor] = {name: ref.stored for name, ref in stored.native["others"].items()}
     pairs = [(name, others.get(name), state.others.get(name)) for name in {**others, **state.others}]
     for slot in {**stored.slots, **state.slots}:
         saved, live = stored.slots.get(slot, {}), state.slots.get(slot, {})
         pairs += [(f"{slot} of {name}", saved.get(name), live.get(name)) for name in {**saved, **live}]
-    found = [(variables.compare(section, name, saved, live), saved, live) for name, saved, live in pairs]
-
-    def apply() -> Any:
-        for problem, saved, live in found:
-            if problem is None and saved is not None and live is not None:
-                live.assign(variables.tensor(saved))
-        return optimizer
-
-    slots = [tensor for entries in stored.slots.values() for tensor in entries.values()]
-    return Restore(
-        apply=apply,
-        problems=[problem for problem, _, _ in found if problem],
-        tensors=[*slots, *residue.tensors(stored.native)],
-    )
+    return [(variables.compare(section, name, saved, live), saved, live) for name, saved, live in pairs]
 
 
-def capture_tree(optimizer: Any) -> dict[str, Any]:
-    """An optimizer as one tree, for where it stands beside the main one; parameters go by their position."""
-    captured = capture(optimizer, [])
+def _to_build(stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]], section: str) -> tuple[list[Any], list[Problem]]:
+    """The variables that an optimizer must be built for, and the stored parameters that they do not fit."""
+    live = {name: variable for name, variable in parameters if isinstance(variable, keras.Variable)}
+    wanted = stored.native.get("parameters", {name: variables.show(each) for name, each in live.items() if each.trainable})
+    problems = []
+    for name, shown in wanted.items():
+        if name not in live:
+            problems.append(Problem("unexpected", section, f"slots of {name}", stored=shown))
+        elif variables.show(live[name]) != shown:
+            problems.append(Problem("shape", section, f"slots of {name}", stored=shown, live=variables.show(live[name])))
+    return [live[name] for name in wanted if name in live], problems
+
+
+def _settings(optimizer: Any) -> dict[str, Any]:
+    """What shapes an update beside the variables: hyperparameters, and the schedule of the learning rate."""
+    found: dict[str, Any] = {}
+    for prefix, part in _parts(optimizer, ()):
+        public = {name: value for name, value in vars(part).items() if not name.startswith("_")}
+        found |= _plain(public, prefix)
+        found |= _schedule_settings(getattr(part, "_learning_rate", None), (*prefix, "learning_rate"))
+    return found
+
+
+def _schedule_settings(value: Any, prefix: tuple[str, ...]) -> dict[str, Any]:
+    if not isinstance(value, keras.optimizers.schedules.LearningRateSchedule):
+        return {}
+    found = {names.join((*prefix, "class")): type(value).__name__, **_plain(vars(value), prefix)}
+    for attribute, item in vars(value).items():
+        found |= _schedule_settings(item, (*prefix, attribute))
+    return found
+
+
+def _plain(attributes: Mapping[str, Any], prefix: tuple[str, ...]) -> dict[str, Any]:
+    """Numbers, texts and lists of these, by attribute; the name that Keras gave and whether it is built do not count."""
+    found = {}
+    for attribute, value in attributes.items():
+        plain = [item.item() if isinstance(item, np.generic) else item for item in _listed(value)]
+        if attribute not in ("name", "built") and all(isinstance(item, bool | int | float | str | None) for item in plain):
+            found[names.join((*prefix, attribute))] = plain if isinstance(value, list | tuple) else plain[0]
+    return found
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def _compare_settings(optimizer: Any, stored: Mapping[str, Any], section: str) -> Iterator[Problem]:
+    # Keras bakes them into its compiled functions, so they are compared, not set. Other versions may have others.
+    live = _settings(optimizer)
+    for name, value in stored.items():
+        if name in live and live[name] != value:
+            yield Problem("value", section, name, stored=repr(value), live=repr(live[name]))
+
+
+def capture_tree(optimizer: Any, parameters: Sequence[tuple[str, Any]] = ()) -> dict[str, Any]:
+    """An optimizer as one tree, for where it stands beside the main one; parameters without names go by their position."""
+    captured = capture(optimizer, parameters)
     slots = {slot: dict(entries) for slot, entries in captured.slots.items()}
     return {"type": captured.type, "slots": slots, "native": captured.native}
 
 
-def prepare_tree(optimizer: Any, tree: Mapping[str, Any], path: str) -> Restore:
+def prepare_tree(optimizer: Any, tree: Mapping[str, Any], path: str, parameters: Sequence[tuple[str, Any]] = ()) -> Restore:
     """The counterpart of `capture_tree`."""
-    if tree["native"]["built"] and not optimizer.built:
+    if not parameters and tree["native"]["built"] and not optimizer.built:
         raise UnsupportedError(f"{path}: the optimizer is not built: call build(variables) before it is restored")
     slots = {slot: {name: ref.stored for name, ref in entries.items()} for slot, entries in tree["slots"].items()}
-    return prepare(optimizer, StoredOptimizer(type=tree["type"], slots=slots, native=tree["native"]), [], path)
+    return prepare(optimizer, StoredOptimizer(type=tree["type"], slots=slots, native=tree["native"]), parameters, path)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +262,13 @@ class Several:
     owned: Mapping[str, Any]
 
 
-def owned(model: Any, main: Any) -> dict[str, Any]:
-    """The optimizers among a model's attributes beside the `main` one, as a GAN has for its second network."""
+def whole(model: Any, main: Any) -> Any:
+    """The `main` optimizer, together with those among the model's attributes, as a GAN has for its second network."""
+    others = _owned(model, main)
+    return Several(main, others) if others else main
+
+
+def _owned(model: Any, main: Any) -> dict[str, Any]:
     mains = [each for each in (main, getattr(model, "optimizer", None)) if isinstance(each, keras.optimizers.Optimizer)]
     covered = {id(part) for each in mains for _, part in _parts(each, ())}
     found: dict[str, Any] = {}
@@ -200,29 +288,17 @@ def _items(attribute: str, value: Any) -> list[tuple[str, Any]]:
     return [(attribute, value)]
 
 
-def capture_several(several: Several, parameters: Sequence[tuple[str, Any]]) -> OptimizerCapture:
-    """Describe the main optimizer; the others are native residue, their parameters by position."""
-    trees = {name: capture_tree(optimizer) for name, optimizer in several.owned.items()}
-    if several.main is None:
-        return OptimizerCapture(type=_NONE, family=optimizers.CUSTOM, slots={}, native={_OWNED: trees})
-    captured = capture(several.main, parameters)
-    return dataclasses.replace(captured, native={**captured.native, _OWNED: trees})
-
-
-def prepare_several(several: Several, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]]) -> Restore:
-    """The counterpart of `capture_several`."""
+def _prepare_several(several: Several, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]], section: str) -> Restore:
     trees = stored.native.get(_OWNED, {})
-    parts = [prepare_tree(value, trees[name], f"optimizer {name}") for name, value in several.owned.items() if name in trees]
+    parts = [prepare_tree(value, trees[name], f"{section} {name}") for name, value in several.owned.items() if name in trees]
     if several.main is not None:
-        parts.insert(0, prepare(several.main, stored, parameters, "optimizer"))
+        parts.insert(0, prepare(several.main, stored, parameters, section))
     problems = [problem for part in parts for problem in part.problems]
     problems += [
-        Problem("missing", "optimizer", name, live=type_name(several.owned[name]))
-        for name in several.owned
-        if name not in trees
+        Problem("missing", section, name, live=type_name(several.owned[name])) for name in several.owned if name not in trees
     ]
     problems += [
-        Problem("unexpected", "optimizer", name, stored=trees[name]["type"]) for name in trees if name not in several.owned
+        Problem("unexpected", section, name, stored=trees[name]["type"]) for name in trees if name not in several.owned
     ]
 
     def apply() -> Several:

@@ -20,6 +20,7 @@ def capture() -> dict[str, Any]:
     generator = global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)
     owner = variables.backend_adapter()
     return {
+        "name": keras.backend.backend(),
         "global": None if generator is None else variables.leaf(generator.state, "global seed generator"),
         "backend": _capture_tensorflow() if owner is None else owner.capture_rng(),
     }
@@ -27,8 +28,10 @@ def capture() -> dict[str, Any]:
 
 def prepare(tree: Mapping[str, Any]) -> Restore:
     """The counterpart of `capture`; a global seed generator that was not in use then is forgotten."""
-    owner = variables.backend_adapter()
+    owner, live = variables.backend_adapter(), keras.backend.backend()
     backend = None
+    if tree.get("name", live) != live:
+        return Restore(apply=lambda: None, problems=[Problem("value", "rng", "backend", stored=tree["name"], live=live)])
     if tree["backend"] is not None:
         backend = _prepare_tensorflow(tree["backend"]) if owner is None else owner.prepare_rng(tree["backend"])
 
@@ -51,17 +54,17 @@ def capture_states(states: Sequence[Any]) -> list[Any]:
     return [variables.leaf(variable, variable.path) for variable in states]
 
 
-def prepare_states(live: Sequence[Any], stored: Sequence[residue.TensorRef], owner: Any = None) -> Restore:
-    """The counterpart of `capture_states`; `apply` returns `owner`."""
+def prepare_states(live: Sequence[Any], stored: Sequence[residue.TensorRef], section: str, owner: Any = None) -> Restore:
+    """The counterpart of `capture_states`; `apply` returns `owner`, and problems are of the `section`."""
     problems: list[Problem | None] = []
     if len(live) != len(stored):
-        problems = [Problem("value", "rng", "number of states", stored=str(len(stored)), live=str(len(live)))]
+        problems = [Problem("value", section, "number of states", stored=str(len(stored)), live=str(len(live)))]
     pairs = list(zip(live, stored, strict=False))
-    problems += [variables.compare("rng", variable.path, ref.stored, variable) for variable, ref in pairs]
+    problems += [variables.compare(section, variable.path, ref.stored, variable) for variable, ref in pairs]
 
     def apply() -> Any:
         for variable, ref in pairs:
-            if variables.compare("rng", variable.path, ref.stored, variable) is None:
+            if variables.compare(section, variable.path, ref.stored, variable) is None:
                 variable.assign(ref.make())
         return owner
 

@@ -10,11 +10,12 @@ from typing import Any
 import keras
 import numpy as np
 
-from polyckpt import registry
+from polyckpt import names, registry
 from polyckpt.checkpoint import StoredTensor
 from polyckpt.dtypes import DTYPES
 from polyckpt.errors import Problem, UnsupportedError
 from polyckpt.leaves import Leaf
+from polyckpt.names import type_name
 
 KIND = "keras"
 SEED_STATE = "seed_generator_state"
@@ -36,6 +37,8 @@ def leaf(variable: Any, what: str) -> Leaf:
             raise UnsupportedError(f"{what}: {error}") from error
         if isinstance(found, Leaf):
             return dataclasses.replace(found, kind=KIND)
+    elif _is_composite(tensor):
+        raise UnsupportedError(f"{what}: a {type_name(tensor)} cannot be stored, only dense tensors can: store its parts")
     dtype = keras.backend.standardize_dtype(tensor.dtype)
     if dtype not in DTYPES:
         raise UnsupportedError(f"{what}: element type {dtype} is not part of the format")
@@ -45,6 +48,12 @@ def leaf(variable: Any, what: str) -> Leaf:
         read=lambda: np.ascontiguousarray(keras.ops.convert_to_numpy(tensor)),
         kind=KIND,
     )
+
+
+def _is_composite(tensor: Any) -> bool:
+    import tensorflow as tf
+
+    return isinstance(tensor, tf.RaggedTensor | tf.SparseTensor | tf.IndexedSlices)
 
 
 def tensor(stored: StoredTensor) -> Any:
@@ -132,6 +141,74 @@ def weights(model: Any) -> dict[str, Any]:
     return found
 
 
+def parameters(model: Any) -> list[tuple[str, Any]]:
+    """What an optimizer may hold of a model, as (name of the weight, variable or torch parameter)."""
+    named = {name: value for name, value in weights(model).items() if isinstance(value, keras.Variable)}
+    name_of = {id(variable): name for name, variable in named.items()}
+    found = [(name_of[id(variable)], variable) for variable in model.trainable_variables]
+    # An optimizer keeps what it was built for, although it may have been frozen since.
+    found += [(name, variable) for name, variable in named.items() if not variable.trainable]
+    if keras.backend.backend() == "torch":
+        # There a torch optimizer may hold the torch parameters behind the variables.
+        found += [(name, variable.value) for name, variable in named.items()]
+    return found
+
+
+def places(model: Any) -> dict[int, str]:
+    """Weights by identity -> the attributes of the user's own classes that lead to them, where some do.
+
+    Automatic names follow the order in which a class makes its layers; its attributes say which layer is meant. Of several
+    ways to a shared weight the first in sorting order is taken, so that the order of the class's lines does not matter.
+    """
+    found: dict[int, str] = {}
+    seen: set[int] = set()
+
+    def walk(layer: Any, prefix: tuple[str, ...]) -> None:
+        if id(layer) in seen:
+            return
+        seen.add(id(layer))
+        if _orders_layers(layer):
+            for weight in layer.weights if prefix and not children(layer) else ():
+                found.setdefault(id(weight), names.join(prefix))
+            for child in children(layer):
+                walk(child, prefix)
+            return
+        for path, item in sorted(_attributes(layer), key=lambda entry: entry[0]):
+            if isinstance(item, keras.Variable):
+                found.setdefault(id(item), names.join((*prefix, *path)))
+            else:
+                walk(item, (*prefix, *path))
+
+    walk(model, ())
+    return found
+
+
+def _orders_layers(layer: Any) -> bool:
+    """Whether the order of a layer's layers is Keras's own or that of a graph, and not that of a user's lines."""
+    graph = isinstance(layer, keras.Sequential) or hasattr(layer, "operations")
+    return graph or type(layer).__module__.startswith("keras.")
+
+
+_TRACKING = re.compile("_layers|_modules|_tracked|_self_.*|_(non_)?trainable_variables|_metrics|_seed_generators")
+"""Attributes in which Keras and its backends keep lists of everything that a layer holds."""
+
+
+def _attributes(layer: Any) -> Iterator[tuple[tuple[str, ...], Any]]:
+    """The layers and variables that a layer holds, alone or in lists and dicts, by attribute and place."""
+    # On the torch backend a layer is a module, which keeps modules apart.
+    for attribute, value in {**vars(layer), **vars(layer).get("_modules", {})}.items():
+        if not _TRACKING.fullmatch(attribute):
+            yield from _inside(value, (attribute,))
+
+
+def _inside(value: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
+    if isinstance(value, keras.layers.Layer | keras.Variable):
+        yield path, value
+    elif isinstance(value, dict | list | tuple):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _inside(item, (*path, str(key)))
+
+
 def run_states(model: Any) -> list[Any]:
     """The states of a model's seed generators and of its stateful recurrent layers: they belong to a run, not to weights."""
     seeds = [variable for variable in model.variables if variable.path.rpartition("/")[2] == SEED_STATE]
@@ -149,6 +226,13 @@ def buffers(layer: Any) -> list[tuple[str, Any]]:
 def assign(live: Any, value: Any) -> None:
     """Write a tensor of the backend into a variable or a buffer."""
     live.assign(value) if isinstance(live, keras.Variable) else live.detach().copy_(value)
+
+
+def refresh(model: Any) -> None:
+    """Have layers that keep a copy of their weights make it anew."""
+    for layer in [model, *sublayers(model)]:
+        if isinstance(layer, keras.layers.Normalization):
+            layer.finalize_state()
 
 
 def sublayers(layer: Any) -> Iterator[Any]:

@@ -88,6 +88,18 @@ def _half_net() -> Any:
     return keras.Sequential([keras.Input((6,)), layers.Dense(5, dtype="bfloat16"), layers.Dense(3, dtype="mixed_bfloat16")])
 
 
+def _mixed_net() -> Any:
+    """Its optimizer is wrapped in a LossScaleOptimizer by `compile`."""
+    import keras
+
+    before = keras.config.dtype_policy()
+    keras.config.set_dtype_policy("mixed_float16")
+    try:
+        return _dense_net()
+    finally:
+        keras.config.set_dtype_policy(before)
+
+
 def _vector() -> np.ndarray:
     return (np.random.rand(8, 6) * random.random()).astype("float32")
 
@@ -281,6 +293,7 @@ CASES: dict[str, Callable[[int], Any]] = {
     "functional": functools.partial(KerasRun, optimizer=_optimizer("Adam", **_LR), net=_functional_net, data=_image),
     "subclassed": functools.partial(KerasRun, optimizer=_optimizer("Adam", **_LR), net=_subclassed_net, data=_tokens),
     "bfloat16": functools.partial(KerasRun, optimizer=_optimizer("Adam", **_LR), net=_half_net),
+    "mixed_float16": functools.partial(KerasRun, optimizer=_optimizer("Adam", **_LR), net=_mixed_net, eager=False),
     "extras": ExtrasRun,
     "fit": FitRun,
 }
