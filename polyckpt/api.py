@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polyckpt import __version__, manifest, objects, registry, residue, schema
-from polyckpt.adapter import Adapter, OptimizerCapture, Parts, Restore, StoredModel, StoredOptimizer
+from polyckpt import objects, registry, residue, schema, snapshot
+from polyckpt.adapter import Adapter, Parts, Restore, StoredModel, StoredOptimizer
 from polyckpt.checkpoint import Checkpoint, verify_all
 from polyckpt.errors import CorruptError, MismatchError, Problem
-from polyckpt.leaves import Leaf
-from polyckpt.scalars import Scalar, count, learning_rate, optional_number, scalar, text
-from polyckpt.sections import Sections
+from polyckpt.scalars import Scalar, optional_number
 from polyckpt.storage import local
 
 
@@ -28,7 +25,7 @@ class Restored:
     not saved. lr: the learning rate at the save, one per parameter group where there are several. model, optimizer,
     scheduler: the objects given to `load`, restored; new values where theirs are immutable (JAX). extra: every value that
     was saved, and the objects that were given. skipped: with strict=False, what did not fit and was left alone.
-    checkpoint: the opened checkpoint.
+    checkpoint: the opened checkpoint; None at the fresh start of a manager's run.
     """
 
     epoch: int | None
@@ -41,7 +38,7 @@ class Restored:
     scheduler: Any
     extra: dict[str, Any]
     skipped: tuple[Problem, ...]
-    checkpoint: Checkpoint
+    checkpoint: Checkpoint | None
 
 
 def save(
@@ -78,51 +75,10 @@ def save(
     array([1., 1., 1.])
     """
     target = local.absolute(path)
-    adapter = registry.adapter_for(model, "model")
-    parts = adapter.parts(model, optimizer)
-    captured = adapter.capture_model(parts.model)
-    sections = Sections()
-    aliases = sections.add_weights(captured.weights)
-    adapters = {registry.HOST: registry.named(registry.HOST), adapter.name: adapter}
-    native: dict[str, Any] = {"model": captured.native, "model_rng": captured.rng}
-    optimized = None
-    if parts.optimizer is not None:
-        owner = registry.find(parts.optimizer) or adapter
-        adapters[owner.name] = owner
-        optimized = owner.capture_optimizer(parts.optimizer, captured)
-        native["optimizer"] = {"adapter": owner.name, "state": optimized.native}
-    if scheduler is not None:
-        native["scheduler"] = objects.capture(scheduler, "scheduler")
-    native["extra"] = {text(name, "extra"): objects.capture(value, f"extra {name!r}") for name, value in (extra or {}).items()}
-    native["rng"] = {name: tree for name, each in adapters.items() if (tree := each.capture_rng()) is not None}
-    described = _describe_optimizer(optimized, sections) if optimized else None
-    encoded = residue.encode(native, leaf=_encode_leaf, add_tensor=sections.add_state, path=())
-    if lr is None and optimized:
-        lr = optimized.learning_rate
-    draft = {
-        "format": schema.FORMAT_NAME,
-        "version": manifest.VERSION,
-        "saved_at_utc": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "producer": schema.Producer(
-            library_version=__version__,
-            adapter=adapter.name,
-            versions={name: version for each in adapters.values() for name, version in each.versions().items()},
-        ),
-        "progress": schema.Progress(epoch=count(epoch, "epoch"), step=count(step, "step"), batch=count(batch, "batch")),
-        "metrics": {
-            text(name, "metrics"): schema.to_number(scalar(value, f"metrics[{name!r}]"))
-            for name, value in (metrics or {}).items()
-        },
-        "learning_rate": learning_rate(lr),
-        "model": schema.Model(type=captured.type, order=captured.order, layers=tuple(captured.layers), aliases=aliases),
-        "optimizer": described,
-        "native": encoded,
-        "assumptions": tuple(captured.assumptions),
-    }
-    with local.replacing(target, overwrite=overwrite) as directory:
-        files, tensors = sections.write(directory, captured.metadata)
-        finished = schema.Manifest(**draft, files=files, tensors=tensors)
-        local.write_file(directory / manifest.FILE_NAME, manifest.encode(finished))
+    captured = snapshot.capture(
+        model, optimizer, scheduler=scheduler, epoch=epoch, step=step, batch=batch, metrics=metrics, lr=lr, extra=extra
+    )
+    captured.write(target, overwrite=overwrite)
     return target
 
 
@@ -241,26 +197,6 @@ def _readable(checkpoint: Checkpoint) -> Iterator[None]:
             f"{checkpoint.path}: its native residue is not what the adapter of {checkpoint.manifest.producer.adapter} writes, "
             f"or an object given to load() failed: {error!r}"
         ) from error
-
-
-def _describe_optimizer(captured: OptimizerCapture, sections: Sections) -> schema.Optimizer:
-    slots = {}
-    for slot, tensors in captured.slots.items():
-        keys = {parameter: sections.add("optimizer", f"{slot}/{parameter}", leaf) for parameter, leaf in tensors.items()}
-        slots[slot] = schema.Slot(meaning=captured.meanings.get(slot, "custom"), tensors=keys)
-    return schema.Optimizer(
-        type=captured.type,
-        family=captured.family,
-        conventions=dict(captured.conventions),
-        groups=tuple(captured.groups),
-        step=captured.step,
-        slots=slots,
-    )
-
-
-def _encode_leaf(value: Any) -> Leaf | residue.Constant | None:
-    adapter = registry.by_class(value)
-    return adapter.leaf(value) if adapter else None
 
 
 def _decode_native(checkpoint: Checkpoint) -> dict[str, Any]:

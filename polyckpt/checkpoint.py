@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
@@ -119,7 +120,7 @@ class Checkpoint:
     """A checkpoint on disk, opened; needs no framework.
 
     manifest: the decoded manifest. unknown: members that a later minor version added. weights: the model's tensors, tied
-    names included. optimizer, state: the other sections.
+    names included. optimizer, state: the other sections. As long as it is in use no manager deletes it.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, verify: bool = True) -> None:
@@ -133,15 +134,21 @@ class Checkpoint:
         for _ in range(_ATTEMPTS):
             self.path = local.locate(wanted)
             before = _identity(self.path)
+            lock = local.lock_to_read(self.path)
             try:
                 self._open()
+                if _identity(self.path) == before:
+                    if lock is not None:
+                        weakref.finalize(self, _release, lock, os.getpid()).atexit = False
+                        lock = None
+                    return
             except (CheckpointError, StorageError):
                 # A save may have replaced the checkpoint meanwhile; what was opened first is then gone.
                 if _identity(self.path) == before:
                     raise
-            else:
-                if _identity(self.path) == before:
-                    return
+            finally:
+                if lock is not None:
+                    local.unlock(lock)
         raise CorruptError(f"{self.path}: replaced {_ATTEMPTS} times while it was being opened")
 
     def _open(self) -> None:
@@ -208,6 +215,13 @@ def verify_all(tensors: Iterable[StoredTensor]) -> None:
 def _verify_batch(batch: list[StoredTensor]) -> None:
     for tensor in batch:
         tensor.verify()
+
+
+def _release(lock: int, pid: int) -> None:
+    if os.getpid() == pid:
+        local.unlock(lock)
+    else:
+        os.close(lock)  # a forked child shares the lock with the process that reads
 
 
 def _identity(path: Path) -> tuple[int, int, int] | None:

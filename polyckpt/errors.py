@@ -11,7 +11,10 @@
     ├── StorageError                 the file system refused a read or a write (also OSError)
     ├── UnsupportedError             an object or a value that cannot be stored, named with the reason
     ├── MismatchError                the checkpoint and the live objects do not fit; `.problems` lists every entry
-    └── AdapterError                 no adapter for an object, or its framework is not installed
+    ├── AdapterError                 no adapter for an object, or its framework is not installed
+    ├── PolicyError                  a policy, or a metric for one, that decides nothing (also ValueError)
+    └── RunError                     a call that contradicts the run in a manager's directory
+        └── LockedError              another manager writes to the directory
 """
 
 from __future__ import annotations
@@ -55,6 +58,18 @@ class UnsupportedError(PolyckptError):
 
 class AdapterError(PolyckptError):
     """No adapter handles an object, or the framework it needs is not installed."""
+
+
+class PolicyError(PolyckptError, ValueError):
+    """A policy, or a metric for one, by which nothing can be decided; the message says what would do."""
+
+
+class RunError(PolyckptError):
+    """A call that contradicts the run in a manager's directory: steps that go back, checkpoints of another run."""
+
+
+class LockedError(RunError):
+    """Another manager writes to the directory; the message names its process and host."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ class Leaf:
     any element type that holds them bit for bit; called once, when the tensor's turn to be written has come, so that a
     device tensor is never copied before. identity: equal for tensors that share memory and are to be stored once and
     re-tied; None for one that shares with nobody. kind: who rebuilds it where it stands in native residue ("numpy",
-    "torch", ...).
+    "torch", ...). frozen: whether nobody will ever change what `read` returns.
     """
 
     dtype: str
@@ -26,6 +26,7 @@ class Leaf:
     read: Callable[[], np.ndarray]
     identity: Hashable | None = None
     kind: str = "numpy"
+    frozen: bool = False
 
 
 def array_leaf(array: np.ndarray, kind: str = "numpy") -> Leaf:

@@ -15,7 +15,7 @@ from polyckpt import residue
 from polyckpt.checksums import PREFIX, checksum
 from polyckpt.dtypes import DTYPES, size_problem
 from polyckpt.errors import CorruptError, UnsupportedError, VersionError
-from polyckpt.schema import FORMAT_MAJOR, FORMAT_MINOR, FORMAT_NAME, Chunk, Manifest, Tensor
+from polyckpt.schema import FORMAT_MAJOR, FORMAT_MINOR, FORMAT_NAME, Chunk, Head, Manifest, Tensor
 
 FILE_NAME = "manifest.json"
 MAX_BYTES = 1 << 30
@@ -75,6 +75,27 @@ def decode(data: bytes, source: str) -> Decoded:
     known = msgspec.json.decode(msgspec.json.encode(manifest))
     known["native"] = raw["native"]  # all of it is known, to any depth
     return Decoded(manifest, _leftover(raw, known))
+
+
+def decode_head(data: bytes, source: str) -> Head:
+    """When the checkpoint with this manifest was saved and how good it was. Raises as `decode` does, but reads no further."""
+    try:
+        stated = msgspec.json.decode(data, type=_Stated)
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise CorruptError(f"{source}: not a manifest, so truncated or damaged: {error}") from error
+    if stated.format != FORMAT_NAME:
+        raise CorruptError(f'{source}: no member "format": "{FORMAT_NAME}", so not a manifest or a damaged one')
+    _check_version(stated.version, source)
+    _check_seal(data, source)
+    try:
+        return msgspec.json.decode(data, type=Head)
+    except msgspec.ValidationError as error:
+        raise CorruptError(f"{source}: {error}") from error
+
+
+class _Stated(msgspec.Struct):
+    format: Any = None
+    version: Any = None
 
 
 def json_schema() -> dict[str, Any]:

@@ -12,7 +12,7 @@ import msgspec
 
 FORMAT_NAME = "polyckpt"
 FORMAT_MAJOR = 1
-FORMAT_MINOR = 0
+FORMAT_MINOR = 1
 
 
 class NonFinite(msgspec.Struct, frozen=True, kw_only=True):
@@ -121,12 +121,19 @@ class Producer(msgspec.Struct, frozen=True, kw_only=True):
     versions: dict[str, str]
 
 
+class Run(msgspec.Struct, frozen=True, kw_only=True):
+    """The run whose manager wrote the checkpoint, and its place among the decisions of that run, from 1 (format 1.1)."""
+
+    id: str
+    sequence: Annotated[int, msgspec.Meta(ge=1)]
+
+
 class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     """A whole checkpoint but for the bytes of its tensors.
 
     tensors: by section: `weights` (names of the producer), `optimizer` (slots), `state` (all else).
     native: what only the same framework can use, in the tagged JSON of polyckpt.residue.
-    assumptions: what a writer had to assume about meaning, one sentence each.
+    assumptions: what a writer had to assume about meaning, one sentence each. run: only where a manager wrote it.
     """
 
     format: Literal["polyckpt"]
@@ -142,6 +149,16 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     tensors: dict[str, dict[str, Tensor]]
     native: dict[str, Any]
     assumptions: tuple[str, ...] = ()
+    run: Run | None = None
+
+
+class Head(msgspec.Struct, frozen=True, kw_only=True):
+    """The members of a manifest that say when it was saved and how good it was; its tensors may be a thousand times more."""
+
+    saved_at_utc: str
+    progress: Progress
+    metrics: dict[str, Number]
+    run: Run | None = None
 
 
 def to_number(value: float | int) -> Number:

@@ -10,6 +10,7 @@ from polyckpt import scalars, schema
 from polyckpt.errors import UnsupportedError
 from polyckpt.leaves import Leaf
 from polyckpt.names import join
+from polyckpt.staging import Staging
 from polyckpt.storage import tensor_file
 
 
@@ -45,6 +46,13 @@ class Sections:
             suffix += 1
             name = join([*path, f"({suffix})"])
         return self.add("state", name, leaf)
+
+    def stage(self, staging: Staging) -> None:
+        """Make all tensors independent of the live ones."""
+        flat = {f"{section}/{name}": leaf for section, leaves in self._leaves.items() for name, leaf in leaves.items()}
+        for key, leaf in staging.copy(flat).items():
+            section, _, name = key.partition("/")
+            self._leaves[section][name] = leaf
 
     def write(
         self, directory: Path, metadata: Mapping[str, str]

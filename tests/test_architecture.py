@@ -26,15 +26,18 @@ ADAPTER_MAY_IMPORT = {
 LAYERS = [
     ["errors"],
     ["schema", "checksums", "names", "dtypes"],
-    ["leaves", "layers", "optimizers", "scalars"],
-    ["residue"],
-    ["manifest"],
+    ["leaves", "layers", "optimizers", "scalars", "policy", "background", "preemption"],
+    ["residue", "staging", "rules"],
+    ["manifest", "history"],
     ["storage", "storage.tensor_file", "storage.local"],
-    ["checkpoint", "sections"],
+    ["storage.run_directory"],
+    ["checkpoint", "sections", "run"],
     ["adapter"],
     ["registry"],
     ["objects"],
+    ["snapshot"],
     ["api"],
+    ["manager"],
 ]
 """The core from the bottom up; a module imports at run time only what stands below it, or beside it in `storage`."""
 

@@ -71,10 +71,11 @@ def leaf(value: Any, name: str) -> Leaf:
         )
     if not is_key(value):
         kind = "jax.weak" if is_weak(value) else "jax"
-        return Leaf(value.dtype.name, value.shape, lambda: _host(value), identity=id(value), kind=kind)
+        return Leaf(value.dtype.name, value.shape, lambda: _host(value), identity=id(value), kind=kind, frozen=True)
     data = jax.eval_shape(jax.random.key_data, value)
     kind = f"jax.key:{impl_name(value)}"
-    return Leaf(data.dtype.name, data.shape, lambda: _host(jax.random.key_data(value)), identity=id(value), kind=kind)
+    read = lambda: _host(jax.random.key_data(value))  # noqa: E731
+    return Leaf(data.dtype.name, data.shape, read, identity=id(value), kind=kind, frozen=True)
 
 
 def check_concrete(value: Any, name: str) -> None:

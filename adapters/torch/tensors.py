@@ -42,7 +42,14 @@ def leaf(tensor: torch.Tensor, what: str) -> Leaf:
         return values.reshape(-1).view(torch.uint8).numpy()
 
     kind = ".".join([KIND, *map(str, axes)]) if (axes := _axes_in_memory(tensor)) else KIND
-    return Leaf(dtype=DTYPE_NAMES[tensor.dtype], shape=tuple(tensor.shape), read=read, identity=identity, kind=kind)
+    return Leaf(
+        dtype=DTYPE_NAMES[tensor.dtype],
+        shape=tuple(tensor.shape),
+        read=read,
+        identity=identity,
+        kind=kind,
+        frozen=tensor.device.type != "cpu",  # read() copies it to the host
+    )
 
 
 def mapped(stored: StoredTensor) -> torch.Tensor:

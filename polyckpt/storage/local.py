@@ -22,7 +22,7 @@ from pathlib import Path
 from polyckpt.errors import CheckpointExistsError, NotACheckpointError, StorageError
 from polyckpt.manifest import FILE_NAME
 
-_TEMPORARY_PREFIX = ".polyckpt-tmp-"
+TEMPORARY_PREFIX = ".polyckpt-tmp-"
 _REPLACED_SUFFIX = ".polyckpt-replaced"
 
 
@@ -69,7 +69,7 @@ def replacing(target: Path, *, overwrite: bool) -> Iterator[Path]:
     """
     parent = target.parent
     try:
-        _make_directories(parent)
+        make_directories(parent)
         _recover(target)
         _check_target(target, overwrite)
         _remove_leftovers(parent)
@@ -85,9 +85,9 @@ def replacing(target: Path, *, overwrite: bool) -> Iterator[Path]:
     try:
         yield temporary
         try:
-            _sync_directory(temporary)
+            sync_directory(temporary)
             _commit(temporary, target, overwrite)
-            _sync_directory(parent)
+            sync_directory(parent)
         except CheckpointExistsError:
             raise
         except OSError as error:
@@ -95,7 +95,41 @@ def replacing(target: Path, *, overwrite: bool) -> Iterator[Path]:
     finally:
         # After a replacement this is the old checkpoint, after a failure the unfinished one, else nothing.
         shutil.rmtree(temporary, ignore_errors=True)
+        unlock(lock)
+
+
+def unlock(lock: int) -> None:
+    """Give up the lock on a directory. Closing alone would leave it with every process that was forked meanwhile."""
+    with contextlib.suppress(OSError):
+        fcntl.flock(lock, fcntl.LOCK_UN)
+    os.close(lock)
+
+
+def lock_to_read(path: Path) -> int | None:
+    """A lock that keeps managers from deleting the checkpoint `path`, for `unlock`; None where locks are not to be had."""
+    try:
+        lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except OSError:
         os.close(lock)
+        return None
+    return lock
+
+
+def lock_to_remove(path: Path) -> int | None:
+    """A lock that no reader holds, for `unlock`; None where one does."""
+    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        return None
+    except OSError:
+        pass  # no locks here, so no readers that hold one
+    return lock
 
 
 def write_file(path: Path, data: bytes) -> None:
@@ -133,7 +167,7 @@ def _is_manifest(path: Path) -> bool:
         return re.match(rb'\{\s*"format":\s*"polyckpt"', file.read(100)) is not None
 
 
-def _make_directories(directory: Path) -> None:
+def make_directories(directory: Path) -> None:
     """`directory` and its missing parents, each made durable in its own parent."""
     missing = []
     while not directory.exists():
@@ -141,13 +175,13 @@ def _make_directories(directory: Path) -> None:
         directory = directory.parent
     for path in reversed(missing):
         path.mkdir(exist_ok=True)
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
 
 def _create_temporary(parent: Path) -> tuple[Path, int]:
     """A new directory and the descriptor whose lock says that its writer lives."""
     while True:
-        path = parent / f"{_TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+        path = parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
         path.mkdir()
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -166,7 +200,10 @@ def _create_temporary(parent: Path) -> tuple[Path, int]:
 
 
 def _remove_leftovers(parent: Path) -> None:
-    for path in parent.glob(f"{_TEMPORARY_PREFIX}*"):
+    for path in parent.glob(f"{TEMPORARY_PREFIX}*"):
+        if path.is_symlink():
+            path.unlink(missing_ok=True)
+            continue
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:
@@ -231,7 +268,7 @@ def _exchange(first: Path, second: Path) -> bool:
     return not failed
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)

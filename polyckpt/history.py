@@ -1,0 +1,157 @@
+"""history.jsonl: every decision and metric of a run, one line each, only ever appended.
+
+A line is a JSON object whose last member is a checksum of all before it, so that a torn or damaged line is known and left
+out. Records stand in the order of the run; one whose sequence number is not above those before it says that the run went
+back there: what it follows is that far, and the lines between are of a branch that was given up.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from polyckpt import schema
+from polyckpt.checksums import checksum
+from polyckpt.errors import StorageError
+from polyckpt.policy import Record
+
+FILE_NAME = "history.jsonl"
+_SEAL = b',"checksum":"'
+
+
+class _Line(msgspec.Struct):
+    """A line: the first names the run; others are a record (with a sequence) or an event."""
+
+    run: str | None = None
+    sequence: int | None = None
+    time: int = 0
+    epoch: int | None = None
+    step: int | None = None
+    batch: int | None = None
+    metrics: dict[str, schema.Number] = {}
+    name: str | None = None
+
+
+@dataclass(frozen=True)
+class Told:
+    """What a history tells: the run's id, its records in order, and the name of every checkpoint it ever made."""
+
+    run: str | None
+    records: tuple[Record, ...]
+    names: frozenset[str]
+
+
+class History:
+    """The history file in `directory`; opened for appending when the first line is added."""
+
+    def __init__(self, directory: Path) -> None:
+        self.path = directory / FILE_NAME
+        self._descriptor: int | None = None
+
+    def read(self) -> Told:
+        """All that can be read. Lines that cannot are reported in a warning; without a file there is nothing."""
+        try:
+            data = self.path.read_bytes()
+        except FileNotFoundError:
+            data = b""
+        except OSError as error:
+            raise StorageError(error.errno, f"cannot read {self.path}: {error.strerror}") from error
+        run: str | None = None
+        records: list[Record] = []
+        names: set[str] = set()
+        damaged = []
+        *lines, _ = data.split(b"\n")  # what a kill left of a last line is not a line
+        for number, text in enumerate(lines, 1):
+            line = _decode(text)
+            if line is None:
+                damaged.append(number)
+                continue
+            run = run or line.run
+            if line.sequence is None:
+                continue
+            while records and records[-1].sequence >= line.sequence:
+                records.pop()
+            records.append(_record(line))
+            names.update([line.name] if line.name else [])
+        if damaged:
+            warnings.warn(f"{self.path}: lines {damaged[:10]} are damaged and left out", stacklevel=2)
+        return Told(run, tuple(records), frozenset(names))
+
+    @property
+    def open(self) -> bool:
+        """Whether lines can be added."""
+        return self._descriptor is not None
+
+    def begin(self, run: str) -> None:
+        """Make sure that the file names the run and ends in a whole line."""
+        try:
+            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            size_bytes = os.fstat(self._descriptor).st_size
+            if size_bytes and os.pread(self._descriptor, 1, size_bytes - 1) != b"\n":
+                size_bytes = self.path.read_bytes().rfind(b"\n") + 1
+                os.ftruncate(self._descriptor, size_bytes)
+        except OSError as error:
+            raise StorageError(error.errno, f"cannot write {self.path}: {error.strerror}") from error
+        if not size_bytes:
+            self._append({"run": run})
+
+    def add(self, record: Record) -> None:
+        """Append a record."""
+        metrics = {name: schema.to_number(value) for name, value in record.metrics.items()}
+        members = {name: getattr(record, name) for name in ("sequence", "time", "epoch", "step", "batch")}
+        self._append({**members, "metrics": msgspec.to_builtins(metrics), "name": record.name})
+
+    def event(self, what: str, **members: Any) -> None:
+        """Append what happened to a checkpoint, for people to read."""
+        self._append({"event": what, **members})
+
+    def sync(self) -> None:
+        """Make what was appended durable."""
+        if self._descriptor is not None:
+            os.fsync(self._descriptor)
+
+    def close(self) -> None:
+        """Close the file; a later `begin` opens it again."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _append(self, members: Mapping[str, Any]) -> None:
+        assert self._descriptor is not None, "begin() comes first"
+        body = msgspec.json.encode(members).removesuffix(b"}")
+        line = body + _SEAL + checksum(body).encode() + b'"}\n'
+        try:
+            if os.write(self._descriptor, line) != len(line):
+                raise OSError(28, "no space left for a whole line")
+        except OSError as error:
+            raise StorageError(error.errno, f"cannot write {self.path}: {error.strerror}") from error
+
+
+def _decode(text: bytes) -> _Line | None:
+    body, seal, stated = text.rpartition(_SEAL)
+    if not seal or stated != checksum(body).encode() + b'"}':
+        return None
+    try:
+        return msgspec.json.decode(body + b"}", type=_Line)
+    except msgspec.DecodeError:
+        return None
+
+
+def _record(line: _Line) -> Record:
+    assert line.sequence is not None
+    metrics = {name: schema.from_number(number) for name, number in line.metrics.items()}
+    return Record(
+        sequence=line.sequence,
+        time=line.time,
+        epoch=line.epoch,
+        step=line.step,
+        batch=line.batch,
+        metrics=metrics,
+        name=line.name,
+    )

@@ -1,0 +1,186 @@
+"""The directory of a run on a local file system: what lies in it, who writes to it, what is moved and removed."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import secrets
+import shutil
+import socket
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+from polyckpt import manifest, schema
+from polyckpt.errors import CorruptError, LockedError, StorageError
+from polyckpt.storage import local
+
+LOCK_NAME = ".polyckpt-lock"
+ASIDE = ("abandoned-", "corrupt-")
+"""How the names of checkpoints begin that were set aside."""
+_NAME = re.compile(r"(step|epoch)-[0-9]{8,}(-[0-9]+)?\Z")
+
+_held: dict[tuple[int, int], int] = {}
+"""Directories that managers of this process write to, by device and inode, and that process: record locks know no threads."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What lies in a run's directory.
+
+    heads: of checkpoints by name. damaged: the error of each whose manifest cannot be read. others: names of checkpoints that
+    no manager wrote.
+    """
+
+    heads: Mapping[str, schema.Head]
+    damaged: Mapping[str, CorruptError]
+    others: Sequence[str]
+
+
+class RunDirectory:
+    """The directory `path` of one run. Names are those of checkpoints in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._lock: int | None = None
+        self._key = (0, 0)
+
+    def scan(self) -> Found:
+        """Every checkpoint in the directory. Links are not followed, and what was set aside does not count."""
+        heads: dict[str, schema.Head] = {}
+        damaged: dict[str, CorruptError] = {}
+        others: list[str] = []
+        try:
+            entries = [entry for entry in os.scandir(self.path) if entry.is_dir(follow_symlinks=False)]
+        except FileNotFoundError:
+            entries = []
+        except OSError as error:
+            raise StorageError(error.errno, f"cannot read {self.path}: {error.strerror}") from error
+        for entry in sorted(entries, key=lambda entry: entry.name):
+            source = os.path.join(entry.path, manifest.FILE_NAME)
+            if not _NAME.match(entry.name):
+                if not entry.name.startswith((*ASIDE, ".")) and os.path.isfile(source):
+                    others.append(entry.name)
+                continue
+            try:
+                with open(source, "rb") as file:
+                    head = manifest.decode_head(file.read(manifest.MAX_BYTES), source)
+            except FileNotFoundError:
+                if os.path.isdir(entry.path):  # else it was deleted meanwhile
+                    damaged[entry.name] = CorruptError(f"{entry.path}: it has no {manifest.FILE_NAME}")
+            except CorruptError as error:
+                damaged[entry.name] = error
+            except OSError as error:
+                if error.errno != errno.EIO:
+                    raise StorageError(error.errno, f"cannot read {source}: {error.strerror}") from error
+                damaged[entry.name] = CorruptError(f"{source}: {error.strerror}")
+            else:
+                if head.run is None:
+                    others.append(entry.name)
+                else:
+                    heads[entry.name] = head
+        return Found(heads, damaged, others)
+
+    def claim(self) -> None:
+        """Become the only writer until `release`. Raises LockedError, which names the one there is."""
+        if self.claimed:
+            return
+        local.make_directories(self.path)
+        status = os.stat(self.path)
+        key = (status.st_dev, status.st_ino)
+        if _held.get(key) == os.getpid():
+            raise LockedError(f"{self.path}: another CheckpointManager of this process writes to it. Close that one first")
+        path = self.path / LOCK_NAME
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise StorageError(error.errno, f"cannot write {path}: {error.strerror}") from error
+        try:
+            # A record lock is not inherited by the workers that a data loader forks, as one of flock would be.
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError) as error:
+            holder = os.pread(lock, 1000, 0).decode(errors="replace").strip() or "unknown"
+            os.close(lock)
+            raise LockedError(
+                f"{self.path}: another CheckpointManager writes to it: {holder}. Reading is free, but two writers would "
+                "delete each other's checkpoints: end that process, or use another directory"
+            ) from error
+        except OSError:
+            pass  # this file system has no locks
+        with contextlib.suppress(OSError):
+            os.truncate(lock, 0)
+            os.pwrite(lock, msgspec.json.encode({"pid": os.getpid(), "host": socket.gethostname()}) + b"\n", 0)
+        self._lock, self._key = lock, key
+        _held[key] = os.getpid()
+
+    @property
+    def claimed(self) -> bool:
+        """Whether this process is the writer."""
+        return self._lock is not None and _held.get(self._key) == os.getpid()
+
+    def release(self) -> None:
+        """Let others write."""
+        if self.claimed:
+            del _held[self._key]
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def free_name(self, name: str) -> str:
+        """`name`, or with the first number after it under which nothing lies."""
+        candidate, number = name, 1
+        while os.path.lexists(self.path / candidate):
+            number += 1
+            candidate = f"{name}-{number}"
+        return candidate
+
+    def set_aside(self, name: str, prefix: str) -> str:
+        """Rename a checkpoint so that it no longer counts; `prefix` is one of ASIDE. Returns its new name."""
+        new = self.free_name(prefix + name)
+        try:
+            os.rename(self.path / name, self.path / new)
+            local.sync_directory(self.path)
+        except OSError as error:
+            raise StorageError(error.errno, f"cannot rename {self.path / name} to {new}: {error.strerror}") from error
+        return new
+
+    def delete(self, name: str) -> bool:
+        """Delete a checkpoint: it vanishes by one rename. False where it is being read, so that it stays."""
+        try:
+            lock = local.lock_to_remove(self.path / name)
+            if lock is None:
+                return False
+            try:
+                doomed = self.path / f"{local.TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+                os.rename(self.path / name, doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+            finally:
+                local.unlock(lock)
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            raise StorageError(error.errno, f"cannot delete {self.path / name}: {error.strerror}") from error
+        return True
+
+    def link(self, link: str, name: str | None) -> bool:
+        """Let the symbolic link `link` point to a checkpoint, or be gone; False where something else has its name."""
+        path = self.path / link
+        if os.path.lexists(path):
+            if not path.is_symlink() or os.sep in os.readlink(path):
+                return False
+            if os.readlink(path) == name:
+                return True
+        # Not every file system has links, and nothing depends on these.
+        with contextlib.suppress(OSError):
+            if name is None:
+                path.unlink(missing_ok=True)
+            else:
+                temporary = self.path / f"{local.TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+                os.symlink(name, temporary)
+                os.replace(temporary, path)
+        return True
