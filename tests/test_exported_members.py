@@ -6,8 +6,9 @@ import polyckpt
 from polyckpt import errors
 
 PUBLIC = """
-AdapterError Checkpoint CheckpointError CheckpointExistsError CorruptError MismatchError NotACheckpointError PolyckptError
-Problem Restored StorageError UnsupportedError VersionError inspect load save
+AdapterError BestBy Checkpoint CheckpointError CheckpointExistsError CheckpointManager CorruptError EarlyStopping Every
+KeepEvery KeepLast LockedError MismatchError NotACheckpointError OnImprovement PolicyError PolyckptError Problem Record Restored
+RunError StorageError UnsupportedError VersionError inspect load save
 """
 
 

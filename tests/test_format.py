@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from polyckpt import layers, manifest, names, optimizers, residue, schema
+from polyckpt import history, layers, manifest, names, optimizers, residue, schema
 from polyckpt.checksums import checksum
 from polyckpt.dtypes import DTYPES, MAX_AXES
 from polyckpt.leaves import Leaf
@@ -45,6 +45,7 @@ def test_every_example_is_used() -> None:
         "json tensor",
         "text",
         "json checksum",
+        "text history",
     ]
 
 
@@ -163,9 +164,15 @@ def test_limits_and_patterns_are_those_of_the_code() -> None:
         f"deeper than {residue.MAX_DEPTH} levels": 1,
         f"deeper than {manifest.MAX_NATIVE_DEPTH}": 1,
         manifest._TENSOR_FILE_NAME.pattern.removesuffix(r"\Z"): 1,
-        local._TEMPORARY_PREFIX: 1,
+        local.TEMPORARY_PREFIX: 1,
         f".NAME{local._REPLACED_SUFFIX}": 2,
         "at most 2^30 bytes": 1,
     }
     assert {text: TEXT.replace("\n", " ").count(text) for text in said} == said
     assert manifest.MAX_BYTES == 1 << 30
+
+
+def test_the_example_of_a_history_is_read(tmp_path: Path) -> None:
+    (tmp_path / history.FILE_NAME).write_text(fenced("text history"))
+    told = history.History(tmp_path).read()
+    assert (told.run, told.records) == ("5d41402abc4b2a76", ())

@@ -7,7 +7,7 @@ import pytest
 import polyckpt
 from tests.golden.make import GOLDEN, NAMES, run
 
-CHECKPOINTS = [path.parent for path in sorted(GOLDEN.glob("*/*/manifest.json"))]
+CHECKPOINTS = [path.parent for path in sorted(GOLDEN.glob("*/*/expected.json"))]
 
 
 def test_every_framework_has_one() -> None:
@@ -16,5 +16,6 @@ def test_every_framework_has_one() -> None:
 
 @pytest.mark.parametrize("path", CHECKPOINTS, ids=lambda path: f"{path.parent.name}-{path.name}")
 def test_golden_checkpoint_loads(path: Path) -> None:
-    polyckpt.inspect(path).verify()
+    for manifest in path.rglob("manifest.json"):
+        polyckpt.inspect(manifest.parent).verify()
     run("check", path.name, path)

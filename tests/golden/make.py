@@ -1,7 +1,8 @@
-"""Write the golden checkpoints of the current format version: python tests/golden/make.py
+"""Write golden checkpoints of the current format version: python tests/golden/make.py [NAME ...]
 
-One tiny run per framework, in a process of its own, into tests/golden/<format version>/<name>. Checkpoints of a released
-version are never written again: later versions of the library must load them as they are.
+One tiny run per framework, in a process of its own, into tests/golden/<format version>/<name>, and `run`, the directory of a
+manager (since 1.1). A minor version needs those that show what it added. Checkpoints of a released version are never written
+again: later versions of the library must load them as they are.
 """
 
 from __future__ import annotations
@@ -10,15 +11,16 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 GOLDEN = Path(__file__).parent
 REPOSITORY = GOLDEN.parents[1]
-NAMES = ("numpy", "torch", "keras-tensorflow", "keras-torch", "keras-jax", "nnx", "linen", "equinox", "haiku")
+NAMES = ("numpy", "torch", "keras-tensorflow", "keras-torch", "keras-jax", "nnx", "linen", "equinox", "haiku", "run")
 
 
-def main(version: str) -> None:
-    for name in NAMES:
+def main(version: str, names: Sequence[str]) -> None:
+    for name in names:
         path = GOLDEN / version / name
         shutil.rmtree(path, ignore_errors=True)
         run("save", name, path)
@@ -37,4 +39,4 @@ if __name__ == "__main__":
     sys.path.insert(0, str(REPOSITORY))
     from polyckpt.manifest import VERSION
 
-    main(VERSION)
+    main(VERSION, sys.argv[1:] or NAMES)

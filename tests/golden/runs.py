@@ -54,6 +54,25 @@ def numpy(seed: int) -> Golden:
     )
 
 
+def run(seed: int) -> Golden:
+    """A manager's directory; its arrays are those of the best, which is not the last."""
+    state = {"w": np.random.default_rng(seed).random((3, 2))}
+
+    def save(path: Path) -> None:
+        with polyckpt.CheckpointManager(path, monitor="loss", keep_last=1) as ckpts:
+            for epoch, (loss, shift) in enumerate([(0.5, 1), (0.25, 0), (float("nan"), 2)], 1):
+                ckpts.save({"w": state["w"] + shift}, epoch=epoch, step=10 * epoch, metrics={"loss": loss})
+
+    def load(path: Path) -> None:
+        ckpts = polyckpt.CheckpointManager(path, monitor="loss")
+        assert [(record.epoch, record.step) for record in ckpts.checkpoints] == [(2, 20), (3, 30)]
+        assert [record.name for record in ckpts.records] == ["step-00000010", "step-00000020", "step-00000030"]
+        assert polyckpt.inspect(path / "last").manifest.progress.epoch == 3
+        state.update(ckpts.restore_best(state).model)
+
+    return Golden(step=lambda: None, save=save, load=load, arrays=lambda: state)
+
+
 def torch(seed: int) -> Golden:
     import torch
 
