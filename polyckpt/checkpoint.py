@@ -17,7 +17,7 @@ from polyckpt import manifest as manifest_file
 from polyckpt.checksums import BLOCK_BYTES, Hasher
 from polyckpt.dtypes import lookup
 from polyckpt.errors import CheckpointError, CorruptError, StorageError
-from polyckpt.schema import Chunk, Manifest, Tensor
+from polyckpt.schema import Chunk, Manifest, Tensor, TensorFile
 from polyckpt.storage import local
 from polyckpt.storage.tensor_file import TensorFileReader
 
@@ -28,12 +28,12 @@ _SMALL_ELEMENTS = 1 << 14
 class StoredTensor:
     """One tensor of an opened checkpoint. `dtype` is a name of polyckpt.dtypes, `shape` is in elements."""
 
-    def __init__(self, checkpoint: Checkpoint, name: str, tensor: Tensor) -> None:
+    def __init__(self, files: _Files, name: str, tensor: Tensor) -> None:
         self.name = name
         self.dtype = tensor.dtype
         self.shape = tensor.shape
         self.checksums = tuple(chunk.checksum for chunk in tensor.chunks)
-        self._checkpoint = checkpoint
+        self._files = files
         self._tensor = tensor
         self._verified = False
 
@@ -54,7 +54,7 @@ class StoredTensor:
                 hasher.update(data[start : start + BLOCK_BYTES])
             if hasher.result() != chunk.checksum:
                 raise CorruptError(
-                    f"{self._checkpoint.path / chunk.file}: {self.name}: the manifest says {chunk.checksum}, "
+                    f"{self._files.path / chunk.file}: {self.name}: the manifest says {chunk.checksum}, "
                     f"the bytes have {hasher.result()}: they changed after they were written"
                 )
         self._verified = True
@@ -64,7 +64,7 @@ class StoredTensor:
 
         They are verified by now unless the checkpoint was opened with verify=False.
         """
-        if self._checkpoint.verifies:
+        if self._files.verifies:
             self.verify()
         if len(self._tensor.chunks) == 1:
             return self._chunk_bytes(self._tensor.chunks[0])
@@ -85,7 +85,7 @@ class StoredTensor:
         return whole
 
     def _chunk_bytes(self, chunk: Chunk) -> np.ndarray:
-        file = self._checkpoint.file(chunk.file)
+        file = self._files.reader(chunk.file)
         dtype = lookup(self.dtype, self.name)
         entry = file.entries.get(chunk.key)
         if entry is None or (entry.code, entry.shape) != (dtype.stored_code, dtype.stored_shape(chunk.shape)):
@@ -95,6 +95,25 @@ class StoredTensor:
                 f"the file has {there}"
             )
         return file.raw(chunk.key)
+
+
+class _Files:
+    """The open tensor files of a checkpoint, which no manager deletes as long as they, or tensors of them, are in use."""
+
+    def __init__(self, path: Path, verifies: bool) -> None:
+        self.path = path
+        self.verifies = verifies
+        self._readers: dict[str, TensorFileReader] = {}
+        if (lock := local.lock_to_read(path)) is not None:
+            weakref.finalize(self, _release, lock, os.getpid()).atexit = False
+
+    def open(self, stated: Mapping[str, TensorFile]) -> None:
+        """Open every file, each of which must be as the manifest states."""
+        self._readers = {name: TensorFileReader(self.path, name, entry) for name, entry in stated.items()}
+
+    def reader(self, name: str) -> TensorFileReader:
+        """The file `name`."""
+        return self._readers[name]
 
 
 class Section(Mapping[str, np.ndarray]):
@@ -134,31 +153,24 @@ class Checkpoint:
         for _ in range(_ATTEMPTS):
             self.path = local.locate(wanted)
             before = _identity(self.path)
-            lock = local.lock_to_read(self.path)
             try:
                 self._open()
-                if _identity(self.path) == before:
-                    if lock is not None:
-                        weakref.finalize(self, _release, lock, os.getpid()).atexit = False
-                        lock = None
-                    return
             except (CheckpointError, StorageError):
                 # A save may have replaced the checkpoint meanwhile; what was opened first is then gone.
                 if _identity(self.path) == before:
                     raise
-            finally:
-                if lock is not None:
-                    local.unlock(lock)
+            else:
+                if _identity(self.path) == before:
+                    return
         raise CorruptError(f"{self.path}: replaced {_ATTEMPTS} times while it was being opened")
 
     def _open(self) -> None:
+        self._files = _Files(self.path, self.verifies)
         manifest_path = self.path / manifest_file.FILE_NAME
         decoded = manifest_file.decode(_read(manifest_path), str(manifest_path))
         self.manifest: Manifest = decoded.manifest
         self.unknown: dict[str, Any] = decoded.unknown
-        self._files: dict[str, TensorFileReader] = {}
-        for name in self.manifest.files:
-            self.file(name)
+        self._files.open(self.manifest.files)
 
     @cached_property
     def weights(self) -> Section:
@@ -180,15 +192,9 @@ class Checkpoint:
         """Verify every tensor. Raises CorruptError for the first whose bytes changed."""
         verify_all([*self.weights.stored.values(), *self.optimizer.stored.values(), *self.state.stored.values()])
 
-    def file(self, name: str) -> TensorFileReader:
-        """The open tensor file `name`."""
-        if name not in self._files:
-            self._files[name] = TensorFileReader(self.path, name, self.manifest.files[name])
-        return self._files[name]
-
     def _section(self, section: str) -> dict[str, StoredTensor]:
         tensors = self.manifest.tensors.get(section, {})
-        return {name: StoredTensor(self, name, tensor) for name, tensor in tensors.items()}
+        return {name: StoredTensor(self._files, name, tensor) for name, tensor in tensors.items()}
 
     def __repr__(self) -> str:
         producer, progress = self.manifest.producer, self.manifest.progress

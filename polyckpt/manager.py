@@ -266,7 +266,7 @@ class CheckpointManager:
             self._restored, self._resumed = record, restored.optimizer is not None
             self._followed = False
             if self._files.claimed:
-                self._history.event("restored", name=record.name, sequence=record.sequence)
+                self._history.event("restored", name=record.name)
                 self._tidy()
             logger.info("restored %s (epoch %s, step %s)", self.directory / record.name, record.epoch, record.step)
             return restored

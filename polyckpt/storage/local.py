@@ -72,7 +72,7 @@ def replacing(target: Path, *, overwrite: bool) -> Iterator[Path]:
         make_directories(parent)
         _recover(target)
         _check_target(target, overwrite)
-        _remove_leftovers(parent)
+        remove_leftovers(parent)
         temporary, lock = _create_temporary(parent)
     except PermissionError as error:
         raise StorageError(error.errno, f"cannot save to {target}: {error.strerror}: {error.filename}") from error
@@ -199,7 +199,8 @@ def _create_temporary(parent: Path) -> tuple[Path, int]:
         os.close(lock)
 
 
-def _remove_leftovers(parent: Path) -> None:
+def remove_leftovers(parent: Path) -> None:
+    """Remove what killed writers left in `parent`."""
     for path in parent.glob(f"{TEMPORARY_PREFIX}*"):
         if path.is_symlink():
             path.unlink(missing_ok=True)

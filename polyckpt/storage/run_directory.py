@@ -117,6 +117,7 @@ class RunDirectory:
             os.pwrite(lock, msgspec.json.encode({"pid": os.getpid(), "host": socket.gethostname()}) + b"\n", 0)
         self._lock, self._key = lock, key
         _held[key] = os.getpid()
+        local.remove_leftovers(self.path)
 
     @property
     def claimed(self) -> bool:
