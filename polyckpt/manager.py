@@ -399,7 +399,7 @@ class CheckpointManager:
         """Point the links to the newest and the best, and delete what no policy keeps."""
         for link in ("last", "best"):
             first = next(iter(self._run.selected(link, "")), None)
-            if not self._files.link(link, first and first.name):
+            if not self._files.link(link, first.name if first else None):
                 logger.warning("%s is no link of this run: left alone", self.directory / link)
         kept = self._rules.retained(self._run.checkpoints)
         remaining = []
@@ -450,7 +450,7 @@ def _fresh(model: Any, optimizer: Any, scheduler: Any, extra: Mapping[str, Any] 
     return api.Restored(
         epoch=0,
         step=0,
-        batch=0,
+        batch=None,
         metrics={},
         lr=None,
         model=model,
