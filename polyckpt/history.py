@@ -7,6 +7,7 @@ back there: what it follows is that far, and the lines between are of a branch t
 
 from __future__ import annotations
 
+import errno
 import os
 import warnings
 from collections.abc import Mapping
@@ -127,8 +128,10 @@ class History:
         body = msgspec.json.encode(members).removesuffix(b"}")
         line = body + _SEAL + checksum(body).encode() + b'"}\n'
         try:
+            size_bytes = os.fstat(self._descriptor).st_size
             if os.write(self._descriptor, line) != len(line):
-                raise OSError(28, "no space left for a whole line")
+                os.ftruncate(self._descriptor, size_bytes)
+                raise OSError(errno.ENOSPC, "no space left for a whole line")
         except OSError as error:
             raise StorageError(error.errno, f"cannot write {self.path}: {error.strerror}") from error
 

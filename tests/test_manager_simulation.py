@@ -179,6 +179,7 @@ def test_killed_runs_decide_as_uninterrupted_ones(machine: Machine, seed: int) -
         straight = Process(root / "straight", rules, calls, machine)
         expected = straight.run()
         total = machine.calls
+        check_best(straight)
 
         killed = Process(root / "killed", rules, calls, machine)
         for _ in range(rng.randint(1, 4)):
@@ -215,10 +216,18 @@ def test_killed_runs_decide_as_uninterrupted_ones(machine: Machine, seed: int) -
     assert kills > HISTORIES and resumes > HISTORIES / 3 and stops > HISTORIES / 20, (kills, resumes, stops)
 
 
+def check_best(straight: Process) -> None:
+    losses = {number: (call.metrics or {}).get("loss", math.nan) for number, call in enumerate(straight.calls, 1)}
+    for number, seen in straight.seen.items():
+        finite = [(losses[each], each) for each in range(1, number + 1) if math.isfinite(losses[each])]
+        assert seen.best == (min(finite)[1] if finite else None), (number, losses)
+
+
 def compare(killed: Process, straight: Process) -> None:
     for number, seen in killed.seen.items():
         wanted = straight.seen[number]
         own = frozenset({killed.resumed_from}) - {None}
+        assert own <= seen.kept, "what was resumed from was deleted"
         what = f"call {number}: {seen}, not {wanted}; resumed from {killed.resumed_from}; {killed.rules}"
         assert (seen.saved, seen.best, seen.stop) == (wanted.saved, wanted.best, wanted.stop), what
         assert seen.kept - own == wanted.kept - own, what

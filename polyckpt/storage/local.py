@@ -98,6 +98,43 @@ def replacing(target: Path, *, overwrite: bool) -> Iterator[Path]:
         unlock(lock)
 
 
+class FileReplacement:
+    """A file at `path`, to be written by anybody, that becomes `target` in one step.
+
+    `path` has the name of the target, in a temporary directory beside it. Raises StorageError where the system refuses.
+    """
+
+    def __init__(self, target: Path) -> None:
+        self._target = target
+        try:
+            make_directories(target.parent)
+            remove_leftovers(target.parent)
+            self._directory, self._lock = _create_temporary(target.parent)
+        except OSError as error:
+            raise StorageError(error.errno, f"cannot save to {target}: {error.strerror}") from error
+        self.path = self._directory / target.name
+
+    def commit(self) -> None:
+        """Make the file durable and put it in place."""
+        try:
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+            os.replace(self.path, self._target)
+            sync_directory(self._target.parent)
+        except OSError as error:
+            raise StorageError(error.errno, f"cannot save to {self._target}: {error.strerror}") from error
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Remove what is not in place."""
+        shutil.rmtree(self._directory, ignore_errors=True)
+        unlock(self._lock)
+
+
 def unlock(lock: int) -> None:
     """Give up the lock on a directory. Closing alone would leave it with every process that was forked meanwhile."""
     with contextlib.suppress(OSError):
