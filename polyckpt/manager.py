@@ -295,6 +295,23 @@ class CheckpointManager:
             )
         return restored
 
+    def delete(self) -> None:
+        """Delete every checkpoint of the run, its history and its links, and the directory where nothing else is in it.
+
+        Checkpoints that were set aside stay, and so does what somebody is reading. The next `save` begins a new run.
+        """
+        self._surface(wait=True)
+        self._open()
+        self._restored = None
+        self._run.checkpoints = tuple(each for each in self._run.checkpoints if not self._files.delete(each.name or ""))
+        if not self._run.checkpoints:
+            for link in ("last", "best"):
+                self._files.link(link, None)
+            self._history.close()
+            self._files.remove(self._history.path)
+            self._run = Run(self._rules, int(time.time()))
+        self._files.release()
+
     def wait(self) -> None:
         """Wait until all is on disk. Raises the error of a background save."""
         self._surface(wait=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from importlib import metadata
+from importlib import import_module, metadata
 from typing import Any, ClassVar
 
 import keras
@@ -26,6 +26,12 @@ from polyckpt.errors import Problem, UnsupportedError
 from polyckpt.leaves import Leaf
 from polyckpt.names import type_name
 from polyckpt.residue import Constant
+
+_CALLBACKS = {
+    "ModelCheckpoint": "model_checkpoint",
+    "BackupAndRestore": "backup",
+    "EarlyStopping": "early_stopping",
+}
 
 _BACKEND_PACKAGES = {"tensorflow": ("tensorflow", "tensorflow-cpu"), "torch": ("torch",), "jax": ("jax", "jaxlib")}
 
@@ -219,3 +225,10 @@ _OBJECTS: dict[str, tuple[type, Callable[[Any], Any], Callable[[Any, Any, str], 
     ),
 }
 """Kind of a stateful object -> class, reading it as a tree, preparing its restore."""
+
+
+def __getattr__(name: str) -> Any:
+    # They use the whole library, which uses this module.
+    if name not in _CALLBACKS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_CALLBACKS[name]}"), name)

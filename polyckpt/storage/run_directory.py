@@ -168,6 +168,13 @@ class RunDirectory:
             raise StorageError(error.errno, f"cannot delete {self.path / name}: {error.strerror}") from error
         return True
 
+    def remove(self, history: Path) -> None:
+        """Remove a run without checkpoints: its `history`, the lock, and the directory where it is empty then."""
+        for path in (history, self.path / LOCK_NAME):
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            self.path.rmdir()
+
     def link(self, link: str, name: str | None) -> bool:
         """Let the symbolic link `link` point to a checkpoint, or be gone; False where something else has its name."""
         path = self.path / link
