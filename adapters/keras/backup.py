@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,6 +13,9 @@ import numpy as np
 
 import polyckpt
 from polyckpt.adapters.keras.skipping import skip_batches, skipping, train_again
+
+_writers: weakref.WeakValueDictionary[str, polyckpt.CheckpointManager] = weakref.WeakValueDictionary()
+"""Who writes to a directory in this process."""
 
 _PLAIN = (bool, int, float, str, type(None), np.ndarray, np.generic)
 
@@ -26,8 +30,9 @@ class BackupAndRestore(keras.callbacks.Callback):
     seed. A backup appears whole or not at all and is verified when it is read; with double_checkpoint a damaged one gives way
     to the one before. delete_checkpoint removes what this callback wrote, and nothing else.
 
-    callbacks: others whose state is to be resumed too, for example keras.callbacks.ReduceLROnPlateau: their attributes that
-    are numbers, strings, arrays, or lists and dicts of those. async_save: write in the background.
+    callbacks: others whose state is to be resumed too, for example keras.callbacks.ReduceLROnPlateau: what changes of their
+    attributes that are numbers, strings, arrays, or lists and dicts of those. They stand before this one in the list for `fit`,
+    so that they have seen an epoch before it is saved. async_save: write in the background.
 
     Raises ValueError for an empty directory, another `save_freq`, and, as fit begins, for a model that is not built.
 
@@ -78,7 +83,11 @@ class BackupAndRestore(keras.callbacks.Callback):
             )
         train_again(self.model)
         keep_last = 2 if self.double_checkpoint else 1
+        # A fit that failed, in a notebook say, never came to its end.
+        if earlier := _writers.pop(os.path.abspath(self.backup_dir), None):
+            earlier.close()
         self._manager = polyckpt.CheckpointManager(self.backup_dir, keep_last=keep_last, async_save=self._async_save)
+        _writers[os.path.abspath(self.backup_dir)] = self._manager
         self._epoch = self._batch = self._unsaved = 0
         self._at_begin, self._resumed = [], None
         restored = self._manager.restore(self.model)

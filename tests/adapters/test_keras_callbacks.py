@@ -1,0 +1,71 @@
+"""The Keras callbacks on each backend, beside those of Keras; and a save that is killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.adapters.checks import names
+from tests.adapters.suite import REPOSITORY, run_python
+
+HERE = Path(__file__).parent
+CHECKS = [(module, name) for module in ("keras_callbacks", "keras_backup") for name in names(HERE / f"{module}.py")]
+QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
+
+
+@pytest.fixture(scope="module", params=["tensorflow", "torch", "jax"])
+def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the checks found, by name, on one backend."""
+    directory = tmp_path_factory.mktemp(request.param)
+    found: dict[str, str] = {}
+    for module in ("keras_callbacks", "keras_backup"):
+        run_python("-m", f"tests.adapters.{module}", str(directory / module), env={**QUIET, "KERAS_BACKEND": request.param})
+        found |= json.loads((directory / module).read_text())
+    return found
+
+
+@pytest.mark.parametrize("name", [name for _, name in CHECKS])
+def test_check(results: dict[str, str], name: str) -> None:
+    assert results[name] == "", results[name]
+
+
+def test_the_checks_can_fail(tmp_path: Path) -> None:
+    body = "from tests.adapters.checks import run_checks\n\ndef check_x():\n    assert 1 == 2\n"
+    run_python("-c", f"{body}\nrun_checks(globals(), {str(tmp_path / 'x')!r})")
+    assert "assert 1 == 2" in json.loads((tmp_path / "x").read_text())["check_x"]
+
+
+SAVING = """
+import sys, keras, numpy as np
+from polyckpt.adapters.keras import ModelCheckpoint
+model = keras.Sequential([keras.Input((64,)), keras.layers.Dense(2000), keras.layers.Dense(500)])
+model.compile("adam", "mse")
+saving = ModelCheckpoint(sys.argv[1] + "/m.keras", save_freq=1)
+class Tell(keras.callbacks.Callback):
+    def on_train_batch_end(self, batch, logs=None):
+        print(batch, flush=True)
+model.fit(np.ones((4000, 64)), np.ones((4000, 500)), batch_size=4, epochs=9, verbose=0, callbacks=[saving, Tell()])
+"""
+
+
+def test_a_kill_in_the_middle_of_a_save_leaves_a_whole_file(tmp_path: Path) -> None:
+    environment = {**os.environ, **QUIET, "KERAS_BACKEND": "torch"}
+    for delay in (0.05, 0.11, 0.17):
+        command = [sys.executable, "-c", SAVING, str(tmp_path)]
+        with subprocess.Popen(command, env=environment, cwd=REPOSITORY, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "0\n"
+            time.sleep(delay)
+            process.send_signal(signal.SIGKILL)
+        read = "import sys, keras; print(int(keras.saving.load_model(sys.argv[1]).optimizer.iterations) > 0)"
+        done = run_python("-c", read, str(tmp_path / "m.keras"), env={**QUIET, "KERAS_BACKEND": "torch"})
+        assert done.stdout.strip().endswith("True")
+    # Each process removes what the one before left.
+    assert len(list(tmp_path.glob(".polyckpt-tmp-*"))) <= 1
