@@ -20,7 +20,7 @@ _writers: weakref.WeakValueDictionary[str, polyckpt.CheckpointManager] = weakref
 _PLAIN = (bool, int, float, str, type(None), np.ndarray, np.generic)
 
 
-class BackupAndRestore(keras.callbacks.Callback):
+class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras ships no types
     """keras.callbacks.BackupAndRestore that goes on exactly where `fit` was interrupted, within an epoch too.
 
     The first four arguments are those of Keras. With an integer `save_freq` a resumed fit reads the batches of the epoch that
@@ -93,7 +93,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         restored = self._manager.restore(self.model)
         if restored.checkpoint is None:
             return
-        self.model._initial_epoch = self._epoch = restored.epoch
+        self.model._initial_epoch = self._epoch = restored.epoch or 0
         self._unsaved = restored.extra["unsaved"]
         self._resumed = {**restored.extra, "batch": restored.batch or 0}
 
@@ -126,7 +126,7 @@ class BackupAndRestore(keras.callbacks.Callback):
         if skipping(self._model):
             return
         self._unsaved += consumed
-        if self.save_freq != "epoch" and self._unsaved >= self.save_freq:
+        if isinstance(self.save_freq, int) and self._unsaved >= self.save_freq:
             self._unsaved = 0
             self._save(self._epoch, self._batch, logs)
 

@@ -20,7 +20,7 @@ from polyckpt.policy import Record
 _BEST_WEIGHTS = "best-weights-{:08d}"
 
 
-class EarlyStopping(keras.callbacks.EarlyStopping):
+class EarlyStopping(keras.callbacks.EarlyStopping):  # type: ignore[misc]  # Keras ships no types
     """keras.callbacks.EarlyStopping, in which NaN and infinity are never best, and which can survive a restart.
 
     The first eight arguments are those of Keras. directory: where the monitored values are kept, one line per epoch, and with
@@ -34,6 +34,10 @@ class EarlyStopping(keras.callbacks.EarlyStopping):
     >>> stopping = EarlyStopping("loss", patience=3, directory=tempfile.mkdtemp())
     >>> history = model.fit(np.ones((4, 2)), np.ones((4, 1)), epochs=2, callbacks=[stopping], verbose=0)
     """
+
+    restore_best_weights: bool
+    stopped_epoch: int
+    best_epoch: int
 
     def __init__(
         self,

@@ -27,7 +27,7 @@ _FILES = (".keras", ".h5")
 _OTHER_NAMES = ".hdf5 .tf .ckpt .pb .pt .pth .bin .json .npz .safetensors .msgpack .zip .weights"
 
 
-class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
+class ModelCheckpoint(keras.callbacks.ModelCheckpoint):  # type: ignore[misc]  # Keras ships no types
     """keras.callbacks.ModelCheckpoint that is never fooled by NaN, never leaves half a file, and remembers the best.
 
     The first eight arguments, the messages and the warnings are those of Keras, so changing the import is enough. A file
@@ -55,6 +55,8 @@ class ModelCheckpoint(keras.callbacks.ModelCheckpoint):
     >>> saving = ModelCheckpoint(tempfile.mkdtemp() + "/{epoch:02d}.keras", monitor="loss", keep_best=1)
     >>> history = model.fit(np.ones((4, 2)), np.ones((4, 1)), epochs=2, callbacks=[saving], verbose=0)
     """
+
+    best: Any
 
     def __init__(
         self,
