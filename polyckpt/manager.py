@@ -303,7 +303,9 @@ class CheckpointManager:
         self._surface(wait=True)
         self._open()
         self._restored = None
-        self._run.checkpoints = tuple(each for each in self._run.checkpoints if not self._files.delete(each.name or ""))
+        self._run.checkpoints = tuple(
+            each for each in self._run.checkpoints if each.name in self._run.copies or not self._files.delete(each.name or "")
+        )
         if not self._run.checkpoints:
             for link in ("last", "best"):
                 self._files.link(link, None)
@@ -422,7 +424,8 @@ class CheckpointManager:
         remaining = []
         for record in self._run.checkpoints:
             assert record.name is not None
-            if record.sequence in kept or record == self._restored or not self._files.delete(record.name):
+            spared = record.sequence in kept or record == self._restored or record.name in self._run.copies
+            if spared or not self._files.delete(record.name):
                 remaining.append(record)
             else:
                 self._history.event("deleted", name=record.name)

@@ -19,8 +19,8 @@ from polyckpt.storage.run_directory import RunDirectory
 class Run:
     """id: None before the first save. records: what was saved or measured, in order. checkpoints: those on disk, in order.
 
-    damaged: checkpoints whose manifest cannot be read, with the error. others: checkpoints that no manager wrote. started: when
-    the process looked first.
+    damaged: checkpoints whose manifest cannot be read, with the error. others: names of checkpoints that no manager wrote.
+    copies: names of those of the run that its history does not know: somebody made them. started: when the process looked first.
     """
 
     rules: Rules
@@ -30,6 +30,7 @@ class Run:
     checkpoints: tuple[Record, ...] = ()
     damaged: Mapping[str, CorruptError] = field(default_factory=dict)
     others: Sequence[str] = ()
+    copies: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         self.state: State = self.rules.fold(self.records, self.started)
@@ -115,6 +116,7 @@ def read(files: RunDirectory, history: History, rules: Rules, started: int) -> R
         checkpoints=tuple(checkpoints[sequence] for sequence in sorted(checkpoints)),
         damaged={name: error for name, error in found.damaged.items() if name in told.names or told.run is None},
         others=found.others,
+        copies=frozenset(own.keys() - told.names) if told.run else frozenset(),
     )
 
 
