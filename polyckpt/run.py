@@ -20,7 +20,7 @@ class Run:
     """id: None before the first save. records: what was saved or measured, in order. checkpoints: those on disk, in order.
 
     damaged: checkpoints whose manifest cannot be read, with the error. others: names of checkpoints that no manager wrote.
-    copies: names of those of the run that its history does not know: somebody made them. started: when the process looked first.
+    copies: names of those of the run that its history does not know: somebody made them. started: when the process looked.
     """
 
     rules: Rules
