@@ -19,7 +19,7 @@ from typing import Any, Literal, Self
 
 from polyckpt import api, schema, snapshot
 from polyckpt.background import Background
-from polyckpt.errors import CorruptError, LockedError, PolicyError, RunError, StorageError
+from polyckpt.errors import CorruptError, LockedError, NotACheckpointError, PolicyError, RunError, StorageError
 from polyckpt.history import History
 from polyckpt.policy import EarlyStopping, Keep, Record, When
 from polyckpt.preemption import Preemption
@@ -191,16 +191,16 @@ class CheckpointManager:
             model,
             optimizer,
             scheduler=scheduler,
-            epoch=epoch,
-            step=step,
-            batch=batch,
+            epoch=record.epoch,
+            step=record.step,
+            batch=record.batch,
             metrics=record.metrics,
             lr=lr,
             extra=extra,
         )
         if self._async and not preempted:
             captured.stage(self._staging)
-        name = self._files.free_name(f"epoch-{epoch:08d}" if step is None else f"step-{step:08d}")
+        name = self._files.free_name(f"epoch-{record.epoch:08d}" if record.step is None else f"step-{record.step:08d}")
         record = replace(record, name=name)
         self._history.add(record)
         self._run.add(record)
@@ -253,10 +253,16 @@ class CheckpointManager:
             api.load, model=model, optimizer=optimizer, scheduler=scheduler, extra=extra, strict=strict, verify=verify, rng=rng
         )
         errors: dict[str, Exception] = dict(self._run.damaged)
+        vanished = False
         for record in self._run.selected(step, str(self.directory)):
             assert record.name is not None
             try:
                 restored = load(self.directory / record.name)
+            except NotACheckpointError:
+                if self._files.claimed:
+                    raise
+                vanished = True
+                continue
             except (CorruptError, StorageError) as error:
                 if isinstance(step, int) or not (isinstance(error, CorruptError) or error.errno == errno.EIO):
                     raise
@@ -270,6 +276,10 @@ class CheckpointManager:
                 self._tidy()
             logger.info("restored %s (epoch %s, step %s)", self.directory / record.name, record.epoch, record.step)
             return restored
+        if vanished:  # the writer deleted it meanwhile, since there is a newer or a better one
+            return self.restore(
+                model, optimizer, step=step, scheduler=scheduler, extra=extra, strict=strict, verify=verify, rng=rng
+            )
         if errors:
             listed = "\n  ".join(str(error) for error in errors.values())
             raise CorruptError(

@@ -376,6 +376,28 @@ def test_the_second_writer_is_told_and_may_read(tmp_path: Path) -> None:
     second.close()
 
 
+def test_a_reader_takes_the_next_where_one_is_deleted_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    writer, real = saved(tmp_path, 1, keep_best=0, keep_last=1), manager.api.load
+
+    def load(path: Path, **options: Any) -> polyckpt.Restored:
+        if writer.checkpoints[-1].epoch == 1:
+            writer.save(params(2), epoch=2, step=20, metrics={"loss": 2})
+        return real(path, **options)
+
+    monkeypatch.setattr(manager.api, "load", load)
+    assert value(CheckpointManager(tmp_path, monitor="loss").restore_best(params())) == 2
+
+
+def test_counts_of_any_library_name_a_checkpoint(tmp_path: Path) -> None:
+    import jax.numpy as jnp
+    import torch
+
+    with CheckpointManager(tmp_path, keep_last=None) as ckpts:
+        for step in (np.int64(1), torch.tensor(2), jnp.array(3)):
+            ckpts.save(params(), step=step, epoch=0)
+        assert [record.name for record in ckpts.checkpoints] == [f"step-0000000{n}" for n in (1, 2, 3)]
+
+
 HOLD = """
 import sys, numpy as np, polyckpt
 ckpts = polyckpt.CheckpointManager(sys.argv[1])
