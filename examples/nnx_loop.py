@@ -32,55 +32,52 @@ def loss_fn(model: CNN, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Arra
 
 
 @nnx.jit
-def train_step(model: CNN, optimizer: nnx.Optimizer, metrics: nnx.MultiMetric, x: jax.Array, y: jax.Array) -> None:
-    (loss, logits), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model, x, y)
-    metrics.update(loss=loss, logits=logits, labels=y)
+def train_step(model: CNN, optimizer: nnx.Optimizer, average: nnx.metrics.Average, x: jax.Array, y: jax.Array) -> None:
+    (loss, _), grads = nnx.value_and_grad(loss_fn, has_aux=True)(model, x, y)
+    average.update(loss=loss)
     optimizer.update(model, grads)
 
 
 @nnx.jit
-def eval_step(model: CNN, metrics: nnx.MultiMetric, x: jax.Array, y: jax.Array) -> None:
+def evaluate(model: CNN, x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array]:
     loss, logits = loss_fn(model, x, y)
-    metrics.update(loss=loss, logits=logits, labels=y)
-
-
-def evaluate(model: CNN, x: jax.Array, y: jax.Array) -> dict[str, float]:
-    model.eval()
-    metrics = nnx.MultiMetric(loss=nnx.metrics.Average("loss"), accuracy=nnx.metrics.Accuracy())
-    eval_step(model, metrics, x, y)
-    return {f"val_{name}": float(value) for name, value in metrics.compute().items()}
+    return loss, (logits.argmax(-1) == y).mean()
 
 
 def main(directory: str, epochs: int) -> None:
     (x, y), validation = images()
     model = CNN(rngs=nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, optax.adamw(3e-3), wrt=nnx.Param)
-    metrics = nnx.MultiMetric(loss=nnx.metrics.Average("loss"), accuracy=nnx.metrics.Accuracy())
+    average = nnx.metrics.Average("loss")
 
     every = polyckpt.Every(epochs=1, minutes=10)
     with polyckpt.CheckpointManager(
         directory, monitor="val_loss", mode="min", keep_best=3, keep_last=2, every=every, patience=5, min_delta=1e-4,
         preemption=True,
     ) as ckpts:  # fmt: skip
-        start = ckpts.restore(model, optimizer, extra={"metrics": metrics})
+        start = ckpts.restore(model, optimizer, extra={"average": average})
         step, consumed = start.step, start.batch or 0
         for epoch in range(start.epoch, epochs):
             if ckpts.should_stop:
                 break
             model.train()
             for batch, rows in batches(epoch, consumed):
-                train_step(model, optimizer, metrics, x[rows], y[rows])
+                train_step(model, optimizer, average, x[rows], y[rows])
                 step += 1
                 # It saves when ten minutes have passed or SIGTERM has come, and costs next to nothing otherwise.
-                ckpts.save(model, optimizer, epoch=epoch, batch=batch + 1, step=step, extra={"metrics": metrics})
-            consumed, loss = 0, float(metrics.compute()["loss"])
-            metrics.reset()
-            val = evaluate(model, *validation)
-            print(f"epoch {epoch + 1}: loss {loss:.4f}, " + ", ".join(f"{k} {v:.4f}" for k, v in val.items()), flush=True)
-            ckpts.save(model, optimizer, epoch=epoch + 1, step=step, metrics=val, extra={"metrics": metrics})
+                ckpts.save(model, optimizer, epoch=epoch, batch=batch + 1, step=step, extra={"average": average})
+            consumed, loss = 0, average.compute()
+            average.reset()
+            model.eval()
+            val_loss, val_acc = map(float, evaluate(model, *validation))
+            print(f"epoch {epoch + 1}: loss {loss:.4f}, val_loss {val_loss:.4f}, val_acc {val_acc:.4f}", flush=True)
+            metrics = {"val_loss": val_loss, "val_acc": val_acc}
+            ckpts.save(model, optimizer, epoch=epoch + 1, step=step, metrics=metrics, extra={"average": average})
         best = ckpts.restore_best(model)
 
-    print(f"best: epoch {best.epoch}, val_accuracy {evaluate(model, *validation)['val_accuracy']:.4f}")
+    model.eval()
+    _, accuracy = evaluate(model, *validation)
+    print(f"best: epoch {best.epoch}, val_acc {accuracy:.4f}")
 
 
 if __name__ == "__main__":
