@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import functools
 import logging
+from typing import Any
 
 import jax
 import numpy as np
@@ -34,7 +35,7 @@ def cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
 
 @jax.jit
 def train_step(state: TrainState, x: jax.Array, y: jax.Array) -> tuple[TrainState, jax.Array]:
-    def loss_fn(params: nn.FrozenDict) -> jax.Array:
+    def loss_fn(params: dict[str, Any]) -> jax.Array:
         dropout_key = jax.random.fold_in(state.key, state.step)
         return cross_entropy(state.apply_fn({"params": params}, x, train=True, rngs={"dropout": dropout_key}), y)
 
