@@ -58,7 +58,7 @@ class CheckpointManager:
         *,
         monitor: str | None = None,
         mode: str = "auto",
-        keep_best: int = 1,
+        keep_best: int | None = None,
         keep_last: int | None = 3,
         keep: Iterable[Keep] | Keep = (),
         every: When | None = None,
@@ -72,11 +72,12 @@ class CheckpointManager:
         """Nothing is read or written yet.
 
         monitor, mode: the metric by which a checkpoint is best, and whether less ("min") or more ("max") of it is better;
-        "auto" goes by its name, and logs which way. keep_best: how many of the best are kept. keep_last: how many of the
-        newest, None for all. keep: further policies, such as BestBy("val_acc", keep=2) or KeepEvery(epochs=10); a checkpoint
-        stays that any one of them keeps. every: which calls of `save` save; by default all. patience, min_delta: short for
-        early_stopping=EarlyStopping(patience, min_delta). missing: what a call does whose metrics lack one that is decided by.
-        async_save: write in the background. preemption: True to save and exit where SIGTERM arrives, or the signals to do so.
+        "auto" goes by its name, and logs which way. keep_best: how many of the best are kept, by default 1 where there is a
+        monitor. keep_last: how many of the newest, None for all. keep: further policies, such as BestBy("val_acc", keep=2) or
+        KeepEvery(epochs=10); a checkpoint stays that any one of them keeps. every: which calls of `save` save; by default
+        all. patience, min_delta: short for early_stopping=EarlyStopping(patience, min_delta). missing: what a call does whose
+        metrics lack one that is decided by. async_save: write in the background. preemption: True to save and exit where
+        SIGTERM arrives, or the signals to do so.
 
         Raises PolicyError for what decides nothing, RunError for preemption outside the main thread.
         """

@@ -46,7 +46,7 @@ class Rules:
         *,
         monitor: str | None,
         mode: str,
-        keep_best: int,
+        keep_best: int | None,
         keep_last: int | None,
         keep: Iterable[Keep] | Keep,
         every: When | None,
@@ -55,8 +55,10 @@ class Rules:
         early_stopping: EarlyStopping | None,
     ) -> Self:
         """The rules that the arguments of CheckpointManager stand for. Raises PolicyError."""
+        if monitor is None and (keep_best is not None or mode != "auto"):
+            raise PolicyError("keep_best= and mode= need monitor=: the metric by which a checkpoint is best")
         further = tuple(keep) if isinstance(keep, Iterable) else (keep,)
-        best = BestBy(monitor, mode, keep_best) if monitor is not None else None
+        best = BestBy(monitor, mode, 1 if keep_best is None else keep_best) if monitor is not None else None
         kept = (*further, *([] if best is None else [best]), *([] if keep_last is None else [KeepLast(keep_last)]))
         best = best or next((each for each in further if isinstance(each, BestBy)), None)
         if patience is not None and early_stopping is not None:

@@ -312,7 +312,7 @@ def test_policies_and_records_are_frozen_values() -> None:
 ARGUMENTS: dict[str, Any] = {
     "monitor": None,
     "mode": "auto",
-    "keep_best": 1,
+    "keep_best": None,
     "keep_last": 3,
     "keep": (),
     "every": None,
@@ -332,6 +332,7 @@ def test_short_arguments_stand_for_policies() -> None:
     assert set(short.keep or ()) == {BestBy("loss", "min", 2), KeepLast(1)}
     assert short.stopping == EarlyStopping(3, 0.1, metric="loss", mode="min")
     assert short.every == OnImprovement(metric="loss", mode="min")
+    assert rules(monitor="acc").best_by == BestBy("acc", "max", 1)
     assert rules(keep_last=None).retained(made([1.0] * 9)) == set(range(1, 10))
     assert rules(keep=BestBy("acc", keep=2)).best_by == BestBy("acc", "max", 2)
     assert rules(monitor="loss", keep=BestBy("acc"), early_stopping=EarlyStopping(1, metric="bleu")).metrics == (
@@ -349,6 +350,9 @@ def test_short_arguments_stand_for_policies() -> None:
         ({"patience": 1}, "need a metric"),
         ({"every": Every(epochs=1) | OnImprovement()}, "need a metric"),
         ({"monitor": "quality"}, "mode='min' or 'max'"),
+        ({"keep_best": 2}, "need monitor="),
+        ({"mode": "min"}, "need monitor="),
+        ({"monitor": "loss", "keep_best": -1}, "whole number, 0 or more"),
         ({"keep_last": 0}, "newest is always kept"),
     ],
 )
