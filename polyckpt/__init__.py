@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         UnsupportedError,
         VersionError,
     )
-    from polyckpt.manager import CheckpointManager
+    from polyckpt.manager import CheckpointManager, Start
     from polyckpt.policy import BestBy, EarlyStopping, Every, KeepEvery, KeepLast, OnImprovement, Record
 
 _MODULES = {
@@ -49,7 +49,7 @@ _MODULES = {
         "UnsupportedError",
         "VersionError",
     ),
-    "polyckpt.manager": ("CheckpointManager",),
+    "polyckpt.manager": ("CheckpointManager", "Start"),
     "polyckpt.policy": ("BestBy", "EarlyStopping", "Every", "KeepEvery", "KeepLast", "OnImprovement", "Record"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -77,6 +77,7 @@ __all__ = [
     "Record",
     "Restored",
     "RunError",
+    "Start",
     "StorageError",
     "UnsupportedError",
     "VersionError",

@@ -25,7 +25,7 @@ class Restored:
     not saved. lr: the learning rate at the save, one per parameter group where there are several. model, optimizer,
     scheduler: the objects given to `load`, restored; new values where theirs are immutable (JAX). extra: every value that
     was saved, and the objects that were given. skipped: with strict=False, what did not fit and was left alone.
-    checkpoint: the opened checkpoint; None at the fresh start of a manager's run.
+    checkpoint: the opened checkpoint; None at a manager's fresh start.
     """
 
     epoch: int | None

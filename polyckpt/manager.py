@@ -12,7 +12,7 @@ import time
 import warnings
 import weakref
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self
@@ -31,6 +31,14 @@ from polyckpt.storage import local
 from polyckpt.storage.run_directory import RunDirectory
 
 logger = logging.getLogger("polyckpt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Start(api.Restored):
+    """Where training goes on, as `restore` of a manager found it: epoch and step are 0 where nothing says more."""
+
+    epoch: int
+    step: int
 
 
 class CheckpointManager:
@@ -126,7 +134,8 @@ class CheckpointManager:
     def best(self) -> Record | None:
         """The best of the run by `monitor`, of those too that were deleted or never saved (their name is None)."""
         self._look()
-        return self._run.best()
+        best = self._run.state.best
+        return best if best is not None and best == self._writing else self._run.best()
 
     @property
     def records(self) -> tuple[Record, ...]:
@@ -217,9 +226,9 @@ class CheckpointManager:
                 self._forget_failed()
                 raise
         if preempted:
-            code = preempted.exit_code
-            self.close()
-            raise SystemExit(code)
+            logger.warning("%s ends the process with code %d", self.directory / name, preempted.exit_code)
+            self._finish()
+            raise SystemExit(preempted.exit_code)
         return self.directory / name
 
     def restore(
@@ -233,7 +242,7 @@ class CheckpointManager:
         strict: bool = True,
         verify: bool = True,
         rng: bool | None = None,
-    ) -> api.Restored:
+    ) -> Start:
         """Load a checkpoint into live objects; the arguments and the result are those of polyckpt.load.
 
         step: "last" for the newest, where there is none a fresh start (epoch 0, step 0, the objects as they were given,
@@ -276,7 +285,8 @@ class CheckpointManager:
                 self._history.event("restored", name=record.name)
                 self._tidy()
             logger.info("restored %s (epoch %s, step %s)", self.directory / record.name, record.epoch, record.step)
-            return restored
+            found = {each.name: getattr(restored, each.name) for each in fields(restored)}
+            return Start(**{**found, "epoch": restored.epoch or 0, "step": restored.step or 0})
         if vanished:  # the writer deleted it meanwhile, since there is a newer or a better one
             return self.restore(
                 model, optimizer, step=step, scheduler=scheduler, extra=extra, strict=strict, verify=verify, rng=rng
@@ -295,8 +305,9 @@ class CheckpointManager:
         logger.info("%s: no checkpoint yet, a fresh start", self.directory)
         return _fresh(model, optimizer, scheduler, extra)
 
-    def restore_best(self, model: Any, optimizer: Any = None, **options: Any) -> api.Restored:
+    def restore_best(self, model: Any, optimizer: Any = None, **options: Any) -> Start:
         """`restore(model, optimizer, step="best", **options)`; a warning says where a better one is no longer on disk."""
+        self._surface(wait=True)
         best = self.best
         restored = self.restore(model, optimizer, step="best", **options)
         if best is not None and best.name is None:
@@ -330,29 +341,40 @@ class CheckpointManager:
         self._surface(wait=True)
 
     def close(self) -> None:
-        """Wait, let other managers write, and put back earlier signal handlers. Raises the error of a background save."""
-        try:
-            self._surface(wait=True)
-        finally:
-            _let_go(self._files, self._history)
-            if self._preemption is not None:
-                self._preemption.restore()
+        """Wait, let other managers write, and put back earlier signal handlers. Raises the error of a background save.
+
+        Where a preemption signal came after the last `save`, the process ends now: SystemExit.
+        """
+        preempted = self._preemption
+        self._finish()
+        if preempted is not None and preempted.signal is not None:
+            raise SystemExit(preempted.exit_code)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        try:
+        if error is None:
             self.close()
+            return
+        try:
+            self._finish()
         except Exception as failed:
-            if error is None:
-                raise
             error.add_note(f"polyckpt: the background save failed as well: {failed!r}")
 
     def __repr__(self) -> str:
         return f"<CheckpointManager {str(self.directory)!r}, best by {self._rules.best_by}>"
 
     # How it is done.
+
+    def _finish(self) -> None:
+        try:
+            self._surface(wait=True)
+        finally:
+            _let_go(self._files, self._history)
+            if self._preemption is not None:
+                self._preemption.restore()
+                self._preemption = None
 
     def _open(self) -> None:
         """Become the writer, and know what there is."""
@@ -477,8 +499,8 @@ def _let_go(files: RunDirectory, history: History) -> None:
     files.release()
 
 
-def _fresh(model: Any, optimizer: Any, scheduler: Any, extra: Mapping[str, Any] | None) -> api.Restored:
-    return api.Restored(
+def _fresh(model: Any, optimizer: Any, scheduler: Any, extra: Mapping[str, Any] | None) -> Start:
+    return Start(
         epoch=0,
         step=0,
         batch=None,

@@ -8,7 +8,7 @@ from polyckpt import errors
 PUBLIC = """
 AdapterError BestBy Checkpoint CheckpointError CheckpointExistsError CheckpointManager CorruptError EarlyStopping Every
 KeepEvery KeepLast LockedError MismatchError NotACheckpointError OnImprovement PolicyError PolyckptError Problem Record Restored
-RunError StorageError UnsupportedError VersionError inspect load save
+RunError Start StorageError UnsupportedError VersionError inspect load save
 """
 
 

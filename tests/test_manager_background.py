@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,17 @@ def test_one_save_at_a_time_in_one_buffer(tmp_path: Path, gate: threading.Event)
         assert ckpts._staging._buffer is buffer and 8000 <= buffer.nbytes < 16000
     for step in (1, 2):
         assert (polyckpt.inspect(tmp_path / f"step-0000000{step}").weights["w"] == step - 1).all()
+
+
+def test_the_best_is_there_while_it_is_written(tmp_path: Path, gate: threading.Event) -> None:
+    with CheckpointManager(tmp_path, monitor="loss", async_save=True) as ckpts:
+        ckpts.save({"w": np.ones(3)}, epoch=1, metrics={"loss": 1})
+        assert ckpts.best is not None and ckpts.best.name == "epoch-00000001"
+        gate.set()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            start = ckpts.restore_best({"w": np.zeros(3)})
+        assert (start.epoch, start.step, start.model["w"][0]) == (1, 0, 1)
 
 
 def test_what_is_measured_meanwhile_waits_for_nothing(tmp_path: Path, gate: threading.Event) -> None:
@@ -255,6 +267,16 @@ def test_handlers_are_chained_and_put_back(tmp_path: Path) -> None:
         assert signal.getsignal(signal.SIGUSR1) is signal.SIG_IGN and other is not None, "a later handler is left alone"
     finally:
         signal.signal(signal.SIGUSR1, before[0] or signal.SIG_DFL)
+
+
+def test_a_signal_after_the_last_save_ends_the_process_too(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as caught, CheckpointManager(tmp_path / "a", preemption=[signal.SIGUSR1]):
+        os.kill(os.getpid(), signal.SIGUSR1)
+    assert caught.value.code == 128 + signal.SIGUSR1
+    with pytest.raises(KeyError), CheckpointManager(tmp_path / "b", preemption=[signal.SIGUSR1]):
+        os.kill(os.getpid(), signal.SIGUSR1)
+        raise KeyError
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
 
 
 def test_a_second_interrupt_does_not_wait() -> None:

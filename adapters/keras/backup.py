@@ -31,8 +31,8 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
     to the one before. delete_checkpoint removes what this callback wrote, and nothing else.
 
     callbacks: others whose state is to be resumed too, for example keras.callbacks.ReduceLROnPlateau: what changes of their
-    attributes that are numbers, strings, arrays, or lists and dicts of those. They stand before this one in the list for `fit`,
-    so that they have seen an epoch before it is saved. async_save: write in the background.
+    attributes that are numbers, strings, arrays, or lists and dicts of those. async_save: write in the background. This
+    callback stands last in the list for `fit`, so that the others have seen an epoch before it is backed up.
 
     Raises ValueError for an empty directory, another `save_freq`, and, as fit begins, for a model that is not built.
 
@@ -93,7 +93,7 @@ class BackupAndRestore(keras.callbacks.Callback):  # type: ignore[misc]  # Keras
         restored = self._manager.restore(self.model)
         if restored.checkpoint is None:
             return
-        self.model._initial_epoch = self._epoch = restored.epoch or 0
+        self.model._initial_epoch = self._epoch = restored.epoch
         self._unsaved = restored.extra["unsaved"]
         self._resumed = {**restored.extra, "batch": restored.batch or 0}
 
