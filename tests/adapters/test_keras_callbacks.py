@@ -16,24 +16,41 @@ from tests.adapters.checks import names
 from tests.adapters.suite import REPOSITORY, run_python
 
 HERE = Path(__file__).parent
-CHECKS = [(module, name) for module in ("keras_callbacks", "keras_backup") for name in names(HERE / f"{module}.py")]
+MODULES = ("keras_callbacks", "keras_backup")
 QUIET = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": ""}
 
 
-@pytest.fixture(scope="module", params=["tensorflow", "torch", "jax"])
-def results(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """What the checks found, by name, on one backend."""
-    directory = tmp_path_factory.mktemp(request.param)
-    found: dict[str, str] = {}
-    for module in ("keras_callbacks", "keras_backup"):
-        run_python("-m", f"tests.adapters.{module}", str(directory / module), env={**QUIET, "KERAS_BACKEND": request.param})
-        found |= json.loads((directory / module).read_text())
-    return found
+class Callbacks:
+    """The checks on one backend, in two processes."""
+
+    backend: str
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def results(cls, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+        directory = tmp_path_factory.mktemp(cls.backend)
+        found: dict[str, str] = {}
+        for module in MODULES:
+            run_python("-m", f"tests.adapters.{module}", str(directory / module), env={**QUIET, "KERAS_BACKEND": cls.backend})
+            found |= json.loads((directory / module).read_text())
+        return found
+
+    @pytest.mark.parametrize("name", [name for module in MODULES for name in names(HERE / f"{module}.py")])
+    def test_check(self, results: dict[str, str], name: str) -> None:
+        assert results[name] == "", results[name]
 
 
-@pytest.mark.parametrize("name", [name for _, name in CHECKS])
-def test_check(results: dict[str, str], name: str) -> None:
-    assert results[name] == "", results[name]
+# Classes, so that they run beside each other.
+class TestTensorFlow(Callbacks):
+    backend = "tensorflow"
+
+
+class TestTorch(Callbacks):
+    backend = "torch"
+
+
+class TestJax(Callbacks):
+    backend = "jax"
 
 
 def test_the_checks_can_fail(tmp_path: Path) -> None:
