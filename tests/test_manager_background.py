@@ -199,6 +199,7 @@ def test_at_exit_a_save_is_finished_and_its_error_printed(tmp_path: Path) -> Non
 
 TRAINING = """
 import os, signal, sys, time, numpy as np, polyckpt
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have started this process without
 signals = {"term": [signal.SIGTERM], "both": [signal.SIGTERM, signal.SIGINT], "none": False}[sys.argv[2]]
 if sys.argv[3:] == ["chained"]:
     signal.signal(signal.SIGTERM, lambda number, frame: print("earlier handler", flush=True))
@@ -280,6 +281,7 @@ def test_a_signal_after_the_last_save_ends_the_process_too(tmp_path: Path) -> No
 
 
 def test_a_second_interrupt_does_not_wait() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # which a shell may have taken away
     preemption = Preemption([signal.SIGINT])
     try:
         os.kill(os.getpid(), signal.SIGINT)
@@ -289,7 +291,7 @@ def test_a_second_interrupt_does_not_wait() -> None:
             signal.sigtimedwait([], 1)
     finally:
         preemption.restore()
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        assert signal.signal(signal.SIGINT, before) is signal.default_int_handler
 
 
 def test_signals_need_the_main_thread(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ Each function `check_...` is one; the process runs them all and writes a JSON ob
 from __future__ import annotations
 
 import contextlib
+import doctest
 import io
 import os
 import random
@@ -21,7 +22,7 @@ import keras
 import numpy as np
 
 import polyckpt
-from polyckpt.adapters.keras import EarlyStopping, ModelCheckpoint, written
+from polyckpt.adapters.keras import BackupAndRestore, EarlyStopping, ModelCheckpoint, written
 from tests.adapters.checks import run_checks
 
 Original = keras.callbacks.ModelCheckpoint
@@ -111,6 +112,12 @@ def check_random_histories_are_those_of_keras() -> None:
         assert told[0][0] == told[1][0] and told[0][2:] == told[1][2:], (options, name, told)
         assert len(told[0][1]) == len(told[1][1]), told
         assert all(ours.startswith(theirs) for theirs, ours in zip(told[0][1], told[1][1], strict=True)), told
+
+
+def check_the_examples_run() -> None:
+    for kind in (ModelCheckpoint, BackupAndRestore, EarlyStopping):
+        result = doctest.testmod(sys.modules[kind.__module__])
+        assert result.attempted > 2 and not result.failed, kind
 
 
 def check_arguments_are_refused_as_by_keras() -> None:

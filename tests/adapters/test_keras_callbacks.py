@@ -56,7 +56,7 @@ class TestJax(Callbacks):
 def test_the_checks_can_fail(tmp_path: Path) -> None:
     body = "from tests.adapters.checks import run_checks\n\ndef check_x():\n    assert 1 == 2\n"
     run_python("-c", f"{body}\nrun_checks(globals(), {str(tmp_path / 'x')!r})")
-    assert "assert 1 == 2" in json.loads((tmp_path / "x").read_text())["check_x"]
+    assert "AssertionError" in json.loads((tmp_path / "x").read_text())["check_x"]
 
 
 SAVING = """
