@@ -197,16 +197,22 @@ def test_a_checkpoint_that_does_not_fit_is_no_damaged_one(tmp_path: Path) -> Non
         tell(ckpts, 3, first=3)
 
 
-def test_a_disk_that_cannot_read_one_checkpoint_gives_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", ["manifest.json", "weights.safetensors"])
+def test_a_disk_that_cannot_read_one_checkpoint_gives_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
     finished(tmp_path, 3, 2, 1)
-    real = builtins.open
 
-    def broken(file: Any, *arguments: Any, **keywords: Any) -> Any:
-        if "step-00000030" in str(file):
-            raise OSError(errno.EIO, "Input/output error", str(file))
-        return real(file, *arguments, **keywords)
+    def broken(real: Any) -> Any:
+        def call(file: Any, *arguments: Any, **keywords: Any) -> Any:
+            if str(file).endswith(f"step-00000030/{name}"):
+                raise OSError(errno.EIO, "Input/output error", str(file))
+            return real(file, *arguments, **keywords)
 
-    monkeypatch.setattr(builtins, "open", broken)
+        return call
+
+    for module in (builtins, os):
+        monkeypatch.setattr(module, "open", broken(module.open))
     with CheckpointManager(tmp_path, monitor="loss") as ckpts, pytest.warns(UserWarning, match="Input/output error"):
         assert value(ckpts.restore(params())) == 2
     assert (tmp_path / "corrupt-step-00000030").is_dir()
@@ -307,34 +313,36 @@ def test_of_many_that_begin_at_once_one_writes(tmp_path: Path) -> None:
     for number in range(8):
         child = os.fork()
         if child == 0:
-            code = 3
+            outcome = b"?"
             try:
                 os.close(go[1])
                 os.read(go[0], 1)  # they all begin when it is closed
                 ckpts = CheckpointManager(tmp_path)
                 try:
                     ckpts.save(params(number), step=1)
-                    code = 0
+                    outcome = b"w"
                 except LockedError:
-                    code = 7
-                os.write(ready[1], b"x")
-                signal.pause()
+                    outcome = b"l"
             finally:
-                os._exit(code)
+                os.write(ready[1], outcome)
+                signal.alarm(60)
+                signal.pause()
         children.append(child)
-    os.close(go[1])
-    for _ in children:
-        os.read(ready[0], 1)
-    with pytest.raises(LockedError, match="pid"):
-        CheckpointManager(tmp_path).save(params(), step=2)
-    assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000001"]
-    for child in children:
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
+    try:
+        os.close(go[1])
+        outcomes = b"".join(os.read(ready[0], 1) for _ in children)
+        assert sorted(outcomes) == sorted(b"wlllllll")
+        with pytest.raises(LockedError, match="pid"):
+            CheckpointManager(tmp_path).save(params(), step=2)
+        assert [path.name for path in tmp_path.glob("step-*")] == ["step-00000001"]
+    finally:
+        for child in children:
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        for descriptor in (*ready, go[0]):
+            os.close(descriptor)
     with CheckpointManager(tmp_path) as ckpts:
         ckpts.save(params(), step=2)
-    for descriptor in (*ready, go[0]):
-        os.close(descriptor)
 
 
 SAVE = "import sys, numpy as np, polyckpt; polyckpt.CheckpointManager(sys.argv[1]).save({'w': np.ones(3)}, step=9)"
@@ -370,7 +378,7 @@ def test_memory_does_not_grow_from_save_to_save(tmp_path: Path) -> None:
                 peaks.append(tracemalloc.get_traced_memory()[1])
         finally:
             tracemalloc.stop()
-    assert peaks[0] < 1.1 * size_bytes + 500_000, "the first makes one copy"
+    assert max(peaks) < 1.1 * size_bytes + 500_000, "there is more than one copy"
     assert max(peaks[5:]) < peaks[4] + 200_000, peaks
 
 
@@ -385,6 +393,7 @@ def test_a_save_interrupted_by_the_user_is_as_one_that_failed(tmp_path: Path, mo
             patch.setattr(os, "rename", interrupted)
             with pytest.raises(KeyboardInterrupt):
                 tell(ckpts, 1, first=2)
+        assert [(record.epoch, record.name) for record in ckpts.records] == [(1, "step-00000010"), (2, None)]
         assert epochs(ckpts) == [1] and ckpts.best and (ckpts.best.epoch, ckpts.best.name) == (2, None)
         tell(ckpts, 1.5, first=3)
         assert sorted(path.name for path in tmp_path.glob("*step*")) == ["step-00000010", "step-00000030"]
