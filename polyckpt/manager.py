@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import functools
 import logging
@@ -113,6 +114,7 @@ class CheckpointManager:
         self._history = History(self.directory)
         self._run = Run(self._rules, int(time.time()))
         self._restored: Record | None = None  # what was restored last, in this process
+        self._resumed_from: set[int] = set()  # what is not deleted as long as this process lives
         self._followed = False  # whether something was added to the run since
         self._resumed = False  # whether its optimizer was restored too
         self._writing: Record | None = None
@@ -121,6 +123,8 @@ class CheckpointManager:
         weakref.finalize(self, _let_go, self._files, self._history)
         signals = () if preemption is False else (signal.SIGTERM,) if preemption is True else tuple(preemption)
         self._preemption = Preemption(signals) if signals else None
+        if self._preemption is not None:
+            weakref.finalize(self, self._preemption.restore)
 
     # What a loop asks.
 
@@ -281,9 +285,12 @@ class CheckpointManager:
             self._report_damaged(errors, record)
             self._restored, self._resumed = record, restored.optimizer is not None
             self._followed = False
+            if step != "best":
+                self._resumed_from.add(record.sequence)
             if self._files.claimed:
-                self._history.event("restored", name=record.name)
-                self._tidy()
+                with contextlib.suppress(StorageError):  # a full disk is no reason not to go on
+                    self._history.event("restored", name=record.name)
+                self._link()
             logger.info("restored %s (epoch %s, step %s)", self.directory / record.name, record.epoch, record.step)
             found = {each.name: getattr(restored, each.name) for each in fields(restored)}
             return Start(**{**found, "epoch": restored.epoch or 0, "step": restored.step or 0})
@@ -325,6 +332,7 @@ class CheckpointManager:
         self._surface(wait=True)
         self._open()
         self._restored = None
+        self._resumed_from.clear()
         self._run.checkpoints = tuple(
             each for each in self._run.checkpoints if each.name in self._run.copies or not self._files.delete(each.name or "")
         )
@@ -449,21 +457,24 @@ class CheckpointManager:
 
     def _tidy(self) -> None:
         """Point the links to the newest and the best, and delete what no policy keeps."""
-        for link in ("last", "best"):
-            first = next(iter(self._run.selected(link, "")), None)
-            if not self._files.link(link, first.name if first else None):
-                logger.warning("%s is no link of this run: left alone", self.directory / link)
+        self._link()
         kept = self._rules.retained(self._run.checkpoints)
         remaining = []
         for record in self._run.checkpoints:
             assert record.name is not None
-            spared = record.sequence in kept or record == self._restored or record.name in self._run.copies
+            spared = record.sequence in kept | self._resumed_from or record.name in self._run.copies
             if spared or not self._files.delete(record.name):
                 remaining.append(record)
             else:
                 self._history.event("deleted", name=record.name)
                 logger.info("deleted %s", self.directory / record.name)
         self._run.checkpoints = tuple(remaining)
+
+    def _link(self) -> None:
+        for link in ("last", "best"):
+            first = next(iter(self._run.selected(link, "")), None)
+            if not self._files.link(link, first.name if first else None):
+                logger.warning("%s is no link of this run: left alone", self.directory / link)
 
     def _surface(self, *, wait: bool) -> None:
         """Raise the error of a background save that has failed."""
@@ -473,7 +484,8 @@ class CheckpointManager:
             else:
                 self._background.raise_error()
         except BaseException:
-            self._forget_failed()
+            if not self._background.busy:  # else the wait was interrupted, not the save
+                self._forget_failed()
             raise
 
     def _forget_failed(self) -> None:
@@ -490,7 +502,7 @@ class CheckpointManager:
                 self._history.event("corrupt", name=name, now=new, error=str(error))
                 now = f"kept aside as {new}"
             warnings.warn(f"skipped a damaged checkpoint, {now}: {error}. {where(taken)} was restored instead", stacklevel=3)
-        if self._files.claimed:
+        if self._files.claimed and errors:
             self._run.drop(errors.keys())
 
 

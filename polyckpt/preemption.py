@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
 from collections.abc import Iterable
@@ -24,8 +25,13 @@ class Preemption:
             raise RunError("signals can be handled in the main thread alone: make the manager there, or pass preemption=False")
         self.signal: signal.Signals | None = None
         self._earlier: dict[signal.Signals, Any] = {}
-        for each in map(signal.Signals, signals):
-            self._earlier[each] = signal.signal(each, self._handle)
+        self._pid = os.getpid()
+        try:
+            for each in map(signal.Signals, signals):
+                self._earlier[each] = signal.signal(each, self._handle)
+        except OSError as error:
+            self.restore()
+            raise RunError(f"{each.name} cannot be handled: {error.strerror}") from error
 
     @property
     def exit_code(self) -> int:
@@ -39,12 +45,19 @@ class Preemption:
 
     def _put_back(self, each: signal.Signals) -> None:
         earlier = self._earlier.pop(each)
+        if threading.current_thread() is not threading.main_thread():
+            return
         if signal.getsignal(each) == self._handle:
             signal.signal(each, signal.SIG_DFL if earlier is None else earlier)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         each = signal.Signals(number)
         earlier = self._earlier.get(each)
+        if os.getpid() != self._pid:
+            # A forked worker saves nothing: what ends it must go on doing so.
+            self._put_back(each)
+            os.kill(os.getpid(), number)
+            return
         if self.signal is None:
             self.signal = each
         if each is signal.SIGINT:

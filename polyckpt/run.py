@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -66,10 +67,12 @@ class Run:
             return self.checkpoints[::-1]
         if step == "best":
             return self.rules.ranked(self.checkpoints)
-        if isinstance(step, bool) or not isinstance(step, int):
-            raise RunError(f"step={step!r}: 'last', 'best' or a number")
+        try:
+            wanted = operator.index(step)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise RunError(f"step={step!r}: 'last', 'best' or a number") from error
         numbered = [(each.epoch if each.step is None else each.step, each) for each in self.checkpoints]
-        if found := [each for number, each in numbered if number == step]:
+        if found := [each for number, each in numbered if number == wanted]:
             return found[-1:]
         raise RunError(f"{directory}: no checkpoint of step {step}; there are {[number for number, _ in numbered] or 'none'}")
 

@@ -138,6 +138,7 @@ class Process:
         self.resumed_from: int | None = None
 
     def run(self) -> CheckpointManager:
+        self.saved = False
         self.machine.now = 999_999.0  # only a run without any checkpoint goes by when it began
         self.ckpts = CheckpointManager(self.directory, **self.rules)
         start = self.ckpts.restore({"w": np.zeros(1)})
@@ -200,7 +201,9 @@ def test_killed_runs_decide_as_uninterrupted_ones(machine: Machine, seed: int) -
         what = f"{rules}, {calls}"
         own = frozenset({killed.resumed_from}) - {None}
         kept = {record.step for record in expected.checkpoints}
-        assert {record.step for record in ckpts.checkpoints} - own == kept - own, what
+        # What a killed process had yet to delete is deleted by the next save, if there is one.
+        there = {record.step for record in ckpts.checkpoints}
+        assert there - own == kept - own if killed.saved else there >= kept, what
         assert set(on_disk(root / "killed")) == {record.step for record in ckpts.checkpoints}, what
         assert set(on_disk(root / "straight")) == kept, what
         assert metrics_of(ckpts) == metrics_of(expected), what
@@ -230,5 +233,6 @@ def compare(killed: Process, straight: Process) -> None:
         assert own <= seen.kept, "what was resumed from was deleted"
         what = f"call {number}: {seen}, not {wanted}; resumed from {killed.resumed_from}; {killed.rules}"
         assert (seen.saved, seen.best, seen.stop) == (wanted.saved, wanted.best, wanted.stop), what
-        assert seen.kept - own == wanted.kept - own, what
+        killed.saved |= seen.saved
+        assert seen.kept - own == wanted.kept - own if killed.saved else seen.kept >= wanted.kept - own, what
     killed.seen.clear()
