@@ -7,6 +7,9 @@ import threading
 import weakref
 from collections.abc import Callable
 
+_unseen: set[Background] = set()
+"""Those with an error that nobody has seen, which must outlive their owners."""
+
 
 class Background:
     """Runs jobs in a thread, at most one at a time: who hands over work too fast waits, so memory does not grow.
@@ -36,6 +39,7 @@ class Background:
                 job()
             except BaseException as error:
                 self._error = error
+                _unseen.add(self)
 
         self._thread = threading.Thread(target=run, name=self._name)
         self._thread.start()
@@ -56,6 +60,7 @@ class Background:
         """Raise the error of a job that is over, without waiting for one that is not."""
         if not self.busy and (error := self._error) is not None:
             self._error = None
+            _unseen.discard(self)
             raise error
 
 

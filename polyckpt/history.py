@@ -114,8 +114,11 @@ class History:
 
     def sync(self) -> None:
         """Make what was appended durable."""
-        if self._descriptor is not None:
-            os.fsync(self._descriptor)
+        try:
+            if self._descriptor is not None:
+                os.fsync(self._descriptor)
+        except OSError as error:
+            raise StorageError(error.errno, f"cannot write {self.path}: {error.strerror}") from error
 
     def close(self) -> None:
         """Close the file; a later `begin` opens it again."""

@@ -444,6 +444,7 @@ class CheckpointManager:
             self._history.event("abandoned", name=abandoned.name, now=new)
             logger.warning("went back to %s: %s is now %s", where(record), abandoned.name, new)
         self._run.cut(record.sequence)
+        self._link()
 
     def _commit(self, captured: snapshot.Snapshot, record: Record) -> None:
         assert self._run.id is not None and record.name is not None
@@ -471,7 +472,7 @@ class CheckpointManager:
         self._run.checkpoints = tuple(remaining)
 
     def _link(self) -> None:
-        for link in ("last", "best"):
+        for link in ("last", "best") if self._rules.best_by else ("last",):
             first = next(iter(self._run.selected(link, "")), None)
             if not self._files.link(link, first.name if first else None):
                 logger.warning("%s is no link of this run: left alone", self.directory / link)

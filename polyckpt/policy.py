@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal, Protocol, cast
+from typing import Any, Literal, Protocol, cast, runtime_checkable
 
 from polyckpt.errors import PolicyError
 
@@ -99,6 +99,7 @@ def improves(value: float | None, best: float | None, mode: Mode, min_delta: flo
     return value + min_delta < best if mode == "min" else value - min_delta > best
 
 
+@runtime_checkable
 class Keep(Protocol):
     """What to keep."""
 

@@ -58,6 +58,10 @@ class Rules:
         if monitor is None and (keep_best is not None or mode != "auto"):
             raise PolicyError("keep_best= and mode= need monitor=: the metric by which a checkpoint is best")
         further = tuple(keep) if isinstance(keep, Iterable) else (keep,)
+        for name, each in (("keep", further), ("every", [every]), ("early_stopping", [early_stopping])):
+            kind = {"keep": Keep, "every": When, "early_stopping": EarlyStopping}[name]
+            if wrong := [one for one in each if one is not None and (isinstance(one, type) or not isinstance(one, kind))]:
+                raise PolicyError(f"{name}={wrong[0]!r} is no policy of that sort")
         best = BestBy(monitor, mode, 1 if keep_best is None else keep_best) if monitor is not None else None
         kept = (*further, *([] if best is None else [best]), *([] if keep_last is None else [KeepLast(keep_last)]))
         best = best or next((each for each in further if isinstance(each, BestBy)), None)

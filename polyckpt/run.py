@@ -119,7 +119,7 @@ def read(files: RunDirectory, history: History, rules: Rules, started: int) -> R
         checkpoints=tuple(checkpoints[sequence] for sequence in sorted(checkpoints)),
         damaged={name: error for name, error in found.damaged.items() if name in told.names or told.run is None},
         others=found.others,
-        copies=frozenset(own.keys() - told.names) if told.run else frozenset(),
+        copies=frozenset(own.keys() - told.names) if told.names else frozenset(),
     )
 
 

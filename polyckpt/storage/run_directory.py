@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import errno
 import fcntl
 import os
@@ -70,6 +71,9 @@ class RunDirectory:
             try:
                 with open(source, "rb") as file:
                     head = manifest.decode_head(file.read(manifest.MAX_BYTES), source)
+                datetime.datetime.fromisoformat(head.saved_at_utc)
+            except ValueError:
+                damaged[entry.name] = CorruptError(f"{source}: saved_at_utc is no time")
             except FileNotFoundError:
                 if os.path.isdir(entry.path):  # else it was deleted meanwhile
                     damaged[entry.name] = CorruptError(f"{entry.path}: it has no {manifest.FILE_NAME}")
@@ -90,8 +94,11 @@ class RunDirectory:
         """Become the only writer until `release`. Raises LockedError, which names the one there is."""
         if self.claimed:
             return
-        local.make_directories(self.path)
-        status = os.stat(self.path)
+        try:
+            local.make_directories(self.path)
+            status = os.stat(self.path)
+        except OSError as error:
+            raise StorageError(error.errno, f"cannot write to {self.path}: {error.strerror}") from error
         key = (status.st_dev, status.st_ino)
         if _held.get(key) == os.getpid():
             raise LockedError(f"{self.path}: another CheckpointManager of this process writes to it. Close that one first")
@@ -179,7 +186,7 @@ class RunDirectory:
         """Let the symbolic link `link` point to a checkpoint, or be gone; False where something else has its name."""
         path = self.path / link
         if os.path.lexists(path):
-            if not path.is_symlink() or os.sep in os.readlink(path):
+            if not path.is_symlink() or not _NAME.match(os.readlink(path)):
                 return False
             if os.readlink(path) == name:
                 return True
