@@ -16,25 +16,8 @@ import pytest
 import polyckpt
 from polyckpt import BestBy, CheckpointManager, Every, KeepEvery, OnImprovement, manager
 from polyckpt.errors import PolicyError, RunError
+from tests.managed import epochs, params, tell, value
 from tests.sealing import run_python
-
-
-def params(value: float = 0.0) -> dict[str, np.ndarray]:
-    return {"w": np.full((3, 2), float(value))}
-
-
-def value(restored: polyckpt.Restored) -> float:
-    return float(restored.model["w"][0, 0])
-
-
-def tell(ckpts: CheckpointManager, *losses: float, first: int = 1) -> list[bool]:
-    """One epoch of ten steps for each loss; the model of epoch n is full of n. Whether each was saved."""
-    numbered = list(enumerate(losses, first))
-    return [ckpts.save(params(n), epoch=n, step=10 * n, metrics={"loss": loss}) is not None for n, loss in numbered]
-
-
-def epochs(ckpts: CheckpointManager) -> list[int | None]:
-    return [record.epoch for record in ckpts.checkpoints]
 
 
 def on_disk(directory: Path) -> list[str]:

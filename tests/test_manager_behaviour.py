@@ -17,14 +17,7 @@ import pytest
 import polyckpt
 from polyckpt import CheckpointManager, manager
 from polyckpt.errors import CorruptError, LockedError, PolicyError, RunError, StorageError, UnsupportedError
-
-
-def params(value: float = 0.0) -> dict[str, np.ndarray]:
-    return {"w": np.full((3, 2), float(value))}
-
-
-def value(restored: polyckpt.Restored) -> float:
-    return float(restored.model["w"][0, 0])
+from tests.managed import epochs, params, value
 
 
 def saved(directory: Path, *losses: float | None, **options: Any) -> CheckpointManager:
@@ -33,10 +26,6 @@ def saved(directory: Path, *losses: float | None, **options: Any) -> CheckpointM
     for epoch, loss in enumerate(losses, 1):
         ckpts.save(params(epoch), epoch=epoch, step=10 * epoch, metrics=None if loss is None else {"loss": loss})
     return ckpts
-
-
-def epochs(ckpts: CheckpointManager) -> list[int | None]:
-    return [record.epoch for record in ckpts.checkpoints]
 
 
 def damage(path: Path, position: int = -1) -> None:
