@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import atexit
 import threading
-import weakref
 from collections.abc import Callable
-
-_unseen: set[Background] = set()
-"""Those with an error that nobody has seen, which must outlive their owners."""
 
 
 class Background:
@@ -27,8 +23,6 @@ class Background:
         self._name = name
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        # Threads are joined before this is called, so the last job is over.
-        atexit.register(_raise_unseen, weakref.ref(self))
 
     def submit(self, job: Callable[[], None]) -> None:
         """Begin `job` when the one before is over. Raises the error of that one instead."""
@@ -39,7 +33,8 @@ class Background:
                 job()
             except BaseException as error:
                 self._error = error
-                _unseen.add(self)
+                # Held here, it outlives its owner; threads are joined before, so the last job is over by then.
+                atexit.register(self.raise_error)
 
         self._thread = threading.Thread(target=run, name=self._name)
         self._thread.start()
@@ -60,10 +55,5 @@ class Background:
         """Raise the error of a job that is over, without waiting for one that is not."""
         if not self.busy and (error := self._error) is not None:
             self._error = None
-            _unseen.discard(self)
+            atexit.unregister(self.raise_error)
             raise error
-
-
-def _raise_unseen(reference: weakref.ref[Background]) -> None:
-    if background := reference():
-        background.raise_error()

@@ -104,13 +104,11 @@ class History:
 
     def add(self, record: Record) -> None:
         """Append a record."""
-        metrics = {name: schema.to_number(value) for name, value in record.metrics.items()}
-        members = {name: getattr(record, name) for name in ("sequence", "time", "epoch", "step", "batch")}
-        self._append({**members, "metrics": msgspec.to_builtins(metrics), "name": record.name})
+        self._append({**members(record), "name": record.name})
 
-    def event(self, what: str, **members: Any) -> None:
+    def event(self, what: str, **about: Any) -> None:
         """Append what happened to a checkpoint, for people to read."""
-        self._append({"event": what, **members})
+        self._append({"event": what, **about})
 
     def sync(self) -> None:
         """Make what was appended durable."""
@@ -126,17 +124,25 @@ class History:
             os.close(self._descriptor)
             self._descriptor = None
 
-    def _append(self, members: Mapping[str, Any]) -> None:
+    def _append(self, line: Mapping[str, Any]) -> None:
         assert self._descriptor is not None, "begin() comes first"
-        body = msgspec.json.encode(members).removesuffix(b"}")
-        line = body + _SEAL + checksum(body).encode() + b'"}\n'
+        body = msgspec.json.encode(line).removesuffix(b"}")
+        data = body + _SEAL + checksum(body).encode() + b'"}\n'
         try:
-            size_bytes = os.fstat(self._descriptor).st_size
-            if os.write(self._descriptor, line) != len(line):
-                os.ftruncate(self._descriptor, size_bytes)
+            if (size_bytes := os.write(self._descriptor, data)) != len(data):
+                os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - size_bytes)
                 raise OSError(errno.ENOSPC, "no space left for a whole line")
         except OSError as error:
             raise StorageError(error.errno, f"cannot write {self.path}: {error.strerror}") from error
+
+
+def members(record: Record) -> dict[str, Any]:
+    """A record as JSON, but for its name."""
+    metrics = {name: schema.to_number(value) for name, value in record.metrics.items()}
+    return {
+        **{name: getattr(record, name) for name in ("sequence", "time", "epoch", "step", "batch")},
+        "metrics": msgspec.to_builtins(metrics),
+    }
 
 
 def _decode(text: bytes) -> _Line | None:

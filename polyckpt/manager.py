@@ -25,11 +25,11 @@ from polyckpt.history import History
 from polyckpt.policy import EarlyStopping, Keep, Record, When
 from polyckpt.preemption import Preemption
 from polyckpt.rules import Rules
-from polyckpt.run import Run, ahead, behind, read, where
+from polyckpt.run import Run, read, where
 from polyckpt.scalars import Scalar, count
 from polyckpt.staging import Staging
 from polyckpt.storage import local
-from polyckpt.storage.run_directory import RunDirectory
+from polyckpt.storage.run_directory import ABANDONED, CORRUPT, RunDirectory
 
 logger = logging.getLogger("polyckpt")
 
@@ -113,10 +113,9 @@ class CheckpointManager:
         self._files = RunDirectory(self.directory)
         self._history = History(self.directory)
         self._run = Run(self._rules, int(time.time()))
-        self._restored: Record | None = None  # what was restored last, in this process
-        self._resumed_from: set[int] = set()  # what is not deleted as long as this process lives
-        self._followed = False  # whether something was added to the run since
+        self._restored: Record | None = None  # what was restored last, until something is added to the run
         self._resumed = False  # whether its optimizer was restored too
+        self._resumed_from: set[int] = set()  # what is not deleted as long as this process lives
         self._writing: Record | None = None
         self._unmeasured_reported = False
         # A manager that is dropped without close(), as in a notebook, must not lock out the next one.
@@ -196,9 +195,7 @@ class CheckpointManager:
         preempted = self._preemption if self._preemption and self._preemption.signal else None
         if not (force or preempted or self._rules.due(self._run.state, record)):
             if record.metrics:
-                self._history.add(record)
-                self._run.add(record)
-                self._followed = True
+                self._add(record)
             return None
         self._surface(wait=True)
         captured = snapshot.capture(
@@ -216,9 +213,7 @@ class CheckpointManager:
             captured.stage(self._staging)
         name = self._files.free_name(f"epoch-{record.epoch:08d}" if record.step is None else f"step-{record.step:08d}")
         record = replace(record, name=name)
-        self._history.add(record)
-        self._run.add(record)
-        self._followed = True
+        self._add(record)
         self._writing = record
         job = functools.partial(self._commit, captured, record)
         if self._async and not preempted:
@@ -284,7 +279,6 @@ class CheckpointManager:
                 continue
             self._report_damaged(errors, record)
             self._restored, self._resumed = record, restored.optimizer is not None
-            self._followed = False
             if step != "best":
                 self._resumed_from.add(record.sequence)
             if self._files.claimed:
@@ -414,33 +408,25 @@ class CheckpointManager:
             raise PolicyError(f"{problem}. Pass metrics=None where nothing was measured, or missing='warn' to the manager")
         if problem:
             warnings.warn(problem, stacklevel=3)
-        if metrics is None and self._rules.metrics and epoch and batch is None and not self._unmeasured_reported:
+        if metrics is None and epoch and batch is None and not self._unmeasured_reported and self._rules.metrics:
             self._unmeasured_reported = True
             wanted = ", ".join(self._rules.metrics)
             warnings.warn(f"epoch {epoch} came without metrics, so it is no candidate by {wanted}", stacklevel=3)
         record = Record(sequence=1, time=int(time.time()), epoch=epoch, step=step, batch=batch, metrics=numbers)
-        if self._run.records:
-            self._check_order(record)
+        if origin := self._run.went_back(record, self._restored, resumed=self._resumed, directory=str(self.directory)):
+            self._go_back(origin)
         return replace(record, sequence=self._run.records[-1].sequence + 1 if self._run.records else 1)
 
-    def _check_order(self, record: Record) -> None:
-        last = self._run.records[-1]
-        origin = None if self._followed else self._restored
-        # At the very place of the newest, training was repeated from an earlier one only if it was resumed there.
-        back = behind(record, last) or (self._resumed and not ahead(record, last))
-        if origin and origin.sequence < last.sequence and back and not behind(record, origin):
-            self._go_back(origin)
-        elif behind(record, last):
-            raise RunError(
-                f"{self.directory}: {where(record)} cannot follow {where(last)}. Call restore() first to go on from the last "
-                "checkpoint, restore(step=...) to go back to an earlier one, or use another directory"
-            )
+    def _add(self, record: Record) -> None:
+        self._history.add(record)
+        self._run.add(record)
+        self._restored = None
 
     def _go_back(self, record: Record) -> None:
         """Go on from `record`, leaving what came after it."""
         for abandoned in [each for each in self._run.checkpoints if each.sequence > record.sequence]:
             assert abandoned.name is not None
-            new = self._files.set_aside(abandoned.name, "abandoned-")
+            new = self._files.set_aside(abandoned.name, ABANDONED)
             self._history.event("abandoned", name=abandoned.name, now=new)
             logger.warning("went back to %s: %s is now %s", where(record), abandoned.name, new)
         self._run.cut(record.sequence)
@@ -499,7 +485,7 @@ class CheckpointManager:
         for name, error in errors.items():
             now = "left where it is"
             if self._files.claimed:
-                new = self._files.set_aside(name, "corrupt-")
+                new = self._files.set_aside(name, CORRUPT)
                 self._history.event("corrupt", name=name, now=new, error=str(error))
                 now = f"kept aside as {new}"
             warnings.warn(f"skipped a damaged checkpoint, {now}: {error}. {where(taken)} was restored instead", stacklevel=3)

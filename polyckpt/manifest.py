@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 import re
 from collections.abc import Iterator
@@ -78,7 +79,10 @@ def decode(data: bytes, source: str) -> Decoded:
 
 
 def decode_head(data: bytes, source: str) -> Head:
-    """When the checkpoint with this manifest was saved and how good it was. Raises as `decode` does, but reads no further."""
+    """When the checkpoint with this manifest was saved and how good it was. Raises as `decode` does, but reads no further.
+
+    A time that is none is a CorruptError too, since what is kept and when to save go by it.
+    """
     try:
         stated = msgspec.json.decode(data, type=_Stated)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
@@ -88,9 +92,13 @@ def decode_head(data: bytes, source: str) -> Head:
     _check_version(stated.version, source)
     _check_seal(data, source)
     try:
-        return msgspec.json.decode(data, type=Head)
+        head = msgspec.json.decode(data, type=Head)
+        datetime.datetime.fromisoformat(head.saved_at_utc)
     except msgspec.ValidationError as error:
         raise CorruptError(f"{source}: {error}") from error
+    except ValueError as error:
+        raise CorruptError(f"{source}: saved_at_utc is no time") from error
+    return head
 
 
 class _Stated(msgspec.Struct):

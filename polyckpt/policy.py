@@ -142,22 +142,15 @@ class KeepEvery:
         _intervals(self, epochs=self.epochs, steps=self.steps, hours=self.hours)
 
     def kept(self, checkpoints: Sequence[Record]) -> set[int]:
-        kept = set()
-        for attribute, interval in (("epoch", self.epochs), ("step", self.steps)):
-            if interval is not None:
-                slots = {0}
-                for record in checkpoints:
-                    count = getattr(record, attribute)
-                    if count is not None and (slot := count // interval) not in slots:
-                        slots.add(slot)
-                        kept.add(record.sequence)
-        if self.hours is not None:
-            hours: set[int] = set()
-            for record in checkpoints:
-                if (slot := int(record.time // (self.hours * 3600))) not in hours:
-                    hours.add(slot)
-                    kept.add(record.sequence)
-        return kept
+        first: dict[tuple[str, int], int] = {}
+        seconds = None if self.hours is None else self.hours * 3600
+        for attribute, interval in (("epoch", self.epochs), ("step", self.steps), ("time", seconds)):
+            for record in checkpoints if interval is not None else ():
+                count = getattr(record, attribute)
+                if count is not None:
+                    first.setdefault((attribute, int(count // interval)), record.sequence)
+        # Before the first multiple there is nothing to keep; a slot of time is one from its beginning.
+        return {sequence for (attribute, slot), sequence in first.items() if slot or attribute == "time"}
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -58,10 +59,10 @@ class Rules:
         if monitor is None and (keep_best is not None or mode != "auto"):
             raise PolicyError("keep_best= and mode= need monitor=: the metric by which a checkpoint is best")
         further = tuple(keep) if isinstance(keep, Iterable) else (keep,)
-        for name, each in (("keep", further), ("every", [every]), ("early_stopping", [early_stopping])):
-            kind = {"keep": Keep, "every": When, "early_stopping": EarlyStopping}[name]
-            if wrong := [one for one in each if one is not None and (isinstance(one, type) or not isinstance(one, kind))]:
-                raise PolicyError(f"{name}={wrong[0]!r} is no policy of that sort")
+        given = [*(("keep", each, Keep) for each in further), ("every", every, When)]
+        for name, each, kind in (*given, ("early_stopping", early_stopping, EarlyStopping)):
+            if each is not None and (isinstance(each, type) or not isinstance(each, kind)):
+                raise PolicyError(f"{name}={each!r} is no policy of that sort")
         best = BestBy(monitor, mode, 1 if keep_best is None else keep_best) if monitor is not None else None
         kept = (*further, *([] if best is None else [best]), *([] if keep_last is None else [KeepLast(keep_last)]))
         best = best or next((each for each in further if isinstance(each, BestBy)), None)
@@ -78,7 +79,7 @@ class Rules:
             raise PolicyError("OnImprovement and EarlyStopping need a metric: pass monitor= here or metric= there")
         return rules
 
-    @property
+    @functools.cached_property
     def metrics(self) -> tuple[str, ...]:
         """The metrics that something is decided by, "" for one that is not named."""
         found = [each.metric for each in (self.best_by, *(self.keep or ())) if isinstance(each, BestBy)]

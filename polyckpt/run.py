@@ -56,6 +56,25 @@ class Run:
         """Saving `record` failed; what it measured counts all the same."""
         self._replace([replace(each, name=None) if each == record else each for each in self.records])
 
+    def went_back(self, record: Record, restored: Record | None, *, resumed: bool, directory: str) -> Record | None:
+        """The checkpoint that `record` follows where that is not the newest, because it was `restored`; else None.
+
+        resumed: whether the optimizer was restored too. Raises RunError where the record follows nothing.
+        """
+        if not self.records:
+            return None
+        last = self.records[-1]
+        # At the very place of the newest, training was repeated from an earlier one only if it was resumed there.
+        back = _behind(record, last) or (resumed and not _ahead(record, last))
+        if restored and restored.sequence < last.sequence and back and not _behind(record, restored):
+            return restored
+        if _behind(record, last):
+            raise RunError(
+                f"{directory}: {where(record)} cannot follow {where(last)}. Call restore() first to go on from the last "
+                "checkpoint, restore(step=...) to go back to an earlier one, or use another directory"
+            )
+        return None
+
     def best(self) -> Record | None:
         """The best of all; its name is None where it is not on disk."""
         best = self.state.best
@@ -123,13 +142,13 @@ def read(files: RunDirectory, history: History, rules: Rules, started: int) -> R
     )
 
 
-def behind(record: Record, other: Record) -> bool:
+def _behind(record: Record, other: Record) -> bool:
     """Whether `record` says less of epoch or step than `other`."""
     pairs = ((record.step, other.step), (record.epoch, other.epoch))
     return any(one is not None and two is not None and one < two for one, two in pairs)
 
 
-def ahead(record: Record, other: Record) -> bool:
+def _ahead(record: Record, other: Record) -> bool:
     """Whether `record` says more of step, or where one has none of epoch, than `other`."""
     if record.step is not None and other.step is not None:
         return record.step > other.step

@@ -74,8 +74,9 @@ def leaf(value: Any, name: str) -> Leaf:
         return Leaf(value.dtype.name, value.shape, lambda: _host(value), identity=id(value), kind=kind, frozen=True)
     data = jax.eval_shape(jax.random.key_data, value)
     kind = f"jax.key:{impl_name(value)}"
-    read = lambda: _host(jax.random.key_data(value))  # noqa: E731
-    return Leaf(data.dtype.name, data.shape, read, identity=id(value), kind=kind, frozen=True)
+    return Leaf(
+        data.dtype.name, data.shape, lambda: _host(jax.random.key_data(value)), identity=id(value), kind=kind, frozen=True
+    )
 
 
 def check_concrete(value: Any, name: str) -> None:

@@ -14,7 +14,7 @@ import h5py
 import msgspec
 
 import polyckpt
-from polyckpt import schema, snapshot
+from polyckpt import history, schema, snapshot
 from polyckpt.policy import Record
 from polyckpt.staging import Staging
 from polyckpt.storage import local
@@ -112,10 +112,8 @@ def _annotate(path: Path, text: str) -> None:
 
 
 def _encoded(note: Note) -> str:
-    metrics = {name: schema.to_number(value) for name, value in note.record.metrics.items()}
-    members = {name: getattr(note.record, name) for name in ("sequence", "time", "epoch", "batch")}
-    record = {**members, "metrics": msgspec.to_builtins(metrics)}
-    return json.dumps({"template": note.template, "monitor": note.monitor, "best": note.best, "record": record})
+    about = {"template": note.template, "monitor": note.monitor, "best": note.best}
+    return json.dumps({**about, "record": history.members(note.record)})
 
 
 class _Record(msgspec.Struct):

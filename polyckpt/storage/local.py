@@ -117,11 +117,7 @@ class FileReplacement:
     def commit(self) -> None:
         """Make the file durable and put it in place."""
         try:
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            _sync(self.path)
             os.replace(self.path, self._target)
             sync_directory(self._target.parent)
         except OSError as error:
@@ -215,10 +211,15 @@ def make_directories(directory: Path) -> None:
         sync_directory(path.parent)
 
 
+def temporary_path(parent: Path) -> Path:
+    """A name in `parent` that `remove_leftovers` knows."""
+    return parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+
+
 def _create_temporary(parent: Path) -> tuple[Path, int]:
     """A new directory and the descriptor whose lock says that its writer lives."""
     while True:
-        path = parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+        path = temporary_path(parent)
         path.mkdir()
         try:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -307,7 +308,12 @@ def _exchange(first: Path, second: Path) -> bool:
 
 
 def sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    """Make the names in a directory durable."""
+    _sync(path, os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int = 0) -> None:
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | flags)
     try:
         os.fsync(descriptor)
     finally:

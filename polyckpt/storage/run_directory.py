@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import errno
 import fcntl
 import os
 import re
-import secrets
 import shutil
 import socket
 from collections.abc import Mapping, Sequence
@@ -22,7 +20,7 @@ from polyckpt.errors import CorruptError, LockedError, StorageError
 from polyckpt.storage import local
 
 LOCK_NAME = ".polyckpt-lock"
-ASIDE = ("abandoned-", "corrupt-")
+ABANDONED, CORRUPT = ASIDE = ("abandoned-", "corrupt-")
 """How the names of checkpoints begin that were set aside."""
 _NAME = re.compile(r"(step|epoch)-[0-9]{8,}(-[0-9]+)?\Z")
 
@@ -71,9 +69,6 @@ class RunDirectory:
             try:
                 with open(source, "rb") as file:
                     head = manifest.decode_head(file.read(manifest.MAX_BYTES), source)
-                datetime.datetime.fromisoformat(head.saved_at_utc)
-            except ValueError:
-                damaged[entry.name] = CorruptError(f"{source}: saved_at_utc is no time")
             except FileNotFoundError:
                 if os.path.isdir(entry.path):  # else it was deleted meanwhile
                     damaged[entry.name] = CorruptError(f"{entry.path}: it has no {manifest.FILE_NAME}")
@@ -164,7 +159,7 @@ class RunDirectory:
             if lock is None:
                 return False
             try:
-                doomed = self.path / f"{local.TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+                doomed = local.temporary_path(self.path)
                 os.rename(self.path / name, doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
             finally:
@@ -195,7 +190,7 @@ class RunDirectory:
             if name is None:
                 path.unlink(missing_ok=True)
             else:
-                temporary = self.path / f"{local.TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+                temporary = local.temporary_path(self.path)
                 os.symlink(name, temporary)
                 os.replace(temporary, path)
         return True
