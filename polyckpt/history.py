@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import errno
 import os
+import threading
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +24,13 @@ from polyckpt.errors import StorageError
 from polyckpt.policy import Record
 
 FILE_NAME = "history.jsonl"
+FAILED = "failed"
+"""The event of a save that did not come to its end."""
 _SEAL = b',"checksum":"'
 
 
 class _Line(msgspec.Struct):
-    """A line: the first names the run; others are a record (with a sequence) or an event."""
+    """A line: one names the run, the first unless that was damaged; others are a record (with a sequence) or an event."""
 
     run: str | None = None
     sequence: int | None = None
@@ -37,6 +40,7 @@ class _Line(msgspec.Struct):
     batch: int | None = None
     metrics: dict[str, schema.Number] = {}
     name: str | None = None
+    event: str | None = None
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,7 @@ class History:
     def __init__(self, directory: Path) -> None:
         self.path = directory / FILE_NAME
         self._descriptor: int | None = None
+        self._lock = threading.Lock()  # lines come from the thread that saves too
 
     def read(self) -> Told:
         """All that can be read. Lines that cannot are reported in a warning; without a file there is nothing."""
@@ -74,6 +79,8 @@ class History:
                 damaged.append(number)
                 continue
             run = run or line.run
+            if line.event == FAILED:
+                records = [replace(each, name=None) if each.name == line.name else each for each in records]
             if line.sequence is None:
                 continue
             while records and records[-1].sequence >= line.sequence:
@@ -94,12 +101,13 @@ class History:
         try:
             self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
             size_bytes = os.fstat(self._descriptor).st_size
+            first = _decode(os.pread(self._descriptor, 1000, 0).partition(b"\n")[0])
             if size_bytes and os.pread(self._descriptor, 1, size_bytes - 1) != b"\n":
                 size_bytes = self.path.read_bytes().rfind(b"\n") + 1
                 os.ftruncate(self._descriptor, size_bytes)
         except OSError as error:
             raise StorageError(error.errno, f"cannot write {self.path}: {error.strerror}") from error
-        if not size_bytes:
+        if not size_bytes or first is None:
             self._append({"run": run})
 
     def add(self, record: Record) -> None:
@@ -129,9 +137,10 @@ class History:
         body = msgspec.json.encode(line).removesuffix(b"}")
         data = body + _SEAL + checksum(body).encode() + b'"}\n'
         try:
-            if (size_bytes := os.write(self._descriptor, data)) != len(data):
-                os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - size_bytes)
-                raise OSError(errno.ENOSPC, "no space left for a whole line")
+            with self._lock:
+                if (size_bytes := os.write(self._descriptor, data)) != len(data):
+                    os.ftruncate(self._descriptor, os.fstat(self._descriptor).st_size - size_bytes)
+                    raise OSError(errno.ENOSPC, "no space left for a whole line")
         except OSError as error:
             raise StorageError(error.errno, f"cannot write {self.path}: {error.strerror}") from error
 

@@ -21,7 +21,7 @@ from typing import Any, Literal, Self
 from polyckpt import api, schema, snapshot
 from polyckpt.background import Background
 from polyckpt.errors import CorruptError, LockedError, NotACheckpointError, PolicyError, RunError, StorageError
-from polyckpt.history import History
+from polyckpt.history import FAILED, History
 from polyckpt.policy import EarlyStopping, Keep, Record, When
 from polyckpt.preemption import Preemption
 from polyckpt.rules import Rules
@@ -50,6 +50,7 @@ class CheckpointManager:
     >>> params = {"w": np.zeros(3)}
     >>> with polyckpt.CheckpointManager(directory, monitor="val_loss", keep_best=1, keep_last=1, patience=2) as ckpts:
     ...     start = ckpts.restore(params)  # the newest checkpoint that verifies, or a fresh start
+    ...     params = start.model
     ...     for epoch, loss in enumerate([0.5, 0.3, 0.4, 0.6, 0.7], start.epoch):
     ...         params["w"] += 1
     ...         _ = ckpts.save(params, epoch=epoch + 1, metrics={"val_loss": loss})
@@ -117,6 +118,7 @@ class CheckpointManager:
         self._resumed = False  # whether its optimizer was restored too
         self._resumed_from: set[int] = set()  # what is not deleted as long as this process lives
         self._writing: Record | None = None
+        self._failed: Record | None = None  # what was to be saved last, where that failed
         self._unmeasured_reported = False
         # A manager that is dropped without close(), as in a notebook, must not lock out the next one.
         weakref.finalize(self, _let_go, self._files, self._history)
@@ -181,21 +183,26 @@ class CheckpointManager:
         """Tell where training is, and save it if that is due; returns the path of the checkpoint, or None.
 
         The arguments are those of polyckpt.save; epoch or step is needed, and neither goes back unless an earlier checkpoint
-        was restored: then those after it are set aside under names that begin with "abandoned-". metrics: None where nothing
-        was measured. force: save whatever the policy.
+        was restored: then those after it are set aside under names that begin with "abandoned-", as soon as something is
+        saved or measured. metrics: None where nothing was measured. force: save whatever the policy.
 
         Metrics count for patience and for the best even where nothing is saved. The checkpoint is whole on disk before an
         older one is deleted. With async_save it is written after the call returns, and an error surfaces at the next call.
         Raises RunError, LockedError, PolicyError, UnsupportedError or StorageError; each leaves every checkpoint as it was.
         After a preemption signal it saves, then raises SystemExit with 128 and the signal's number.
         """
-        self._surface(wait=False)
-        self._open()
-        record = self._receive(epoch, step, batch, metrics)
         preempted = self._preemption if self._preemption and self._preemption.signal else None
-        if not (force or preempted or self._rules.due(self._run.state, record)):
+        try:
+            self._surface(wait=preempted is not None)
+        except Exception as error:
+            if preempted is None:
+                raise
+            logger.error("an earlier save had failed: %s", error)  # what can still be saved comes first
+        self._open()
+        record, origin = self._receive(epoch, step, batch, metrics)
+        if not (force or preempted or self._rules.due(self._run.before(record), record)):
             if record.metrics:
-                self._add(record)
+                self._add(record, origin)
             return None
         self._surface(wait=True)
         captured = snapshot.capture(
@@ -211,9 +218,11 @@ class CheckpointManager:
         )
         if self._async and not preempted:
             captured.stage(self._staging)
-        name = self._files.free_name(f"epoch-{record.epoch:08d}" if record.step is None else f"step-{record.step:08d}")
-        record = replace(record, name=name)
-        self._add(record)
+        record = self._add(
+            record, origin, name=f"epoch-{record.epoch:08d}" if record.step is None else f"step-{record.step:08d}"
+        )
+        assert record.name is not None
+        path = self.directory / record.name
         self._writing = record
         job = functools.partial(self._commit, captured, record)
         if self._async and not preempted:
@@ -225,10 +234,10 @@ class CheckpointManager:
                 self._forget_failed()
                 raise
         if preempted:
-            logger.warning("%s ends the process with code %d", self.directory / name, preempted.exit_code)
+            logger.warning("%s ends the process with code %d", path, preempted.exit_code)
             self._finish()
             raise SystemExit(preempted.exit_code)
-        return self.directory / name
+        return path
 
     def restore(
         self,
@@ -262,7 +271,6 @@ class CheckpointManager:
             api.load, model=model, optimizer=optimizer, scheduler=scheduler, extra=extra, strict=strict, verify=verify, rng=rng
         )
         errors: dict[str, Exception] = dict(self._run.damaged)
-        vanished = False
         for record in self._run.selected(step, str(self.directory)):
             assert record.name is not None
             try:
@@ -270,8 +278,10 @@ class CheckpointManager:
             except NotACheckpointError:
                 if self._files.claimed:
                     raise
-                vanished = True
-                continue
+                # The writer deleted it meanwhile, since there is a newer or a better one.
+                return self.restore(
+                    model, optimizer, step=step, scheduler=scheduler, extra=extra, strict=strict, verify=verify, rng=rng
+                )
             except (CorruptError, StorageError) as error:
                 if isinstance(step, int) or not (isinstance(error, CorruptError) or error.errno == errno.EIO):
                     raise
@@ -288,10 +298,6 @@ class CheckpointManager:
             logger.info("restored %s (epoch %s, step %s)", self.directory / record.name, record.epoch, record.step)
             found = {each.name: getattr(restored, each.name) for each in fields(restored)}
             return Start(**{**found, "epoch": restored.epoch or 0, "step": restored.step or 0})
-        if vanished:  # the writer deleted it meanwhile, since there is a newer or a better one
-            return self.restore(
-                model, optimizer, step=step, scheduler=scheduler, extra=extra, strict=strict, verify=verify, rng=rng
-            )
         if errors:
             listed = "\n  ".join(str(error) for error in errors.values())
             raise CorruptError(
@@ -303,6 +309,13 @@ class CheckpointManager:
         if self._run.others:
             listed = ", ".join(self._run.others[:5])
             warnings.warn(f"{self.directory}: a fresh start beside {listed}, which no manager wrote", stacklevel=2)
+        if self._run.lost:
+            listed = ", ".join(self._run.lost[-5:])
+            warnings.warn(
+                f"{self.directory}: a fresh start, although history.jsonl tells of {listed}: "
+                "removed since, or never written to their end",
+                stacklevel=2,
+            )
         logger.info("%s: no checkpoint yet, a fresh start", self.directory)
         return _fresh(model, optimizer, scheduler, extra)
 
@@ -397,8 +410,10 @@ class CheckpointManager:
             return
         self._run = read(self._files, self._history, self._rules, self._run.started)
 
-    def _receive(self, epoch: int | None, step: int | None, batch: int | None, metrics: Mapping[str, Scalar] | None) -> Record:
-        """The record of a call of `save`, which is checked; the run goes back where the call says that it did."""
+    def _receive(
+        self, epoch: int | None, step: int | None, batch: int | None, metrics: Mapping[str, Scalar] | None
+    ) -> tuple[Record, Record | None]:
+        """The record of a call of `save`, which is checked, and the checkpoint to which it goes back, if it does."""
         epoch, step, batch = count(epoch, "epoch"), count(step, "step"), count(batch, "batch")
         if epoch is None and step is None:
             raise RunError("pass epoch= or step=: how many are completed. Checkpoints are named and ordered by it")
@@ -413,14 +428,24 @@ class CheckpointManager:
             wanted = ", ".join(self._rules.metrics)
             warnings.warn(f"epoch {epoch} came without metrics, so it is no candidate by {wanted}", stacklevel=3)
         record = Record(sequence=1, time=int(time.time()), epoch=epoch, step=step, batch=batch, metrics=numbers)
-        if origin := self._run.went_back(record, self._restored, resumed=self._resumed, directory=str(self.directory)):
-            self._go_back(origin)
-        return replace(record, sequence=self._run.records[-1].sequence + 1 if self._run.records else 1)
+        origin = self._run.went_back(record, self._restored, resumed=self._resumed, directory=str(self.directory))
+        if origin is not None:
+            return replace(record, sequence=origin.sequence + 1), origin
+        last = self._run.records[-1] if self._run.records else None
+        again = self._failed is not None and where(self._failed) == where(record)
+        if last is None or again:
+            return replace(record, sequence=last.sequence if last else 1), None
+        return replace(record, sequence=last.sequence + 1), None
 
-    def _add(self, record: Record) -> None:
+    def _add(self, record: Record, origin: Record | None, *, name: str | None = None) -> Record:
+        """Note what was saved or measured, after going back to `origin`; returns it with the name it got."""
+        if origin is not None:
+            self._go_back(origin)
+        record = replace(record, name=self._files.free_name(name) if name else None)
         self._history.add(record)
         self._run.add(record)
-        self._restored = None
+        self._restored = self._failed = None
+        return record
 
     def _go_back(self, record: Record) -> None:
         """Go on from `record`, leaving what came after it."""
@@ -479,7 +504,10 @@ class CheckpointManager:
         """A save that failed is not a checkpoint, but what it measured counts."""
         if (failed := self._writing) is not None:
             self._writing = None
+            self._failed = replace(failed, name=None)
             self._run.unsave(failed)
+            with contextlib.suppress(StorageError):  # the error that there is says more
+                self._history.event(FAILED, name=failed.name)
 
     def _report_damaged(self, errors: Mapping[str, Exception], taken: Record) -> None:
         for name, error in errors.items():

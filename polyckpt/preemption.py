@@ -25,6 +25,7 @@ class Preemption:
             raise RunError("signals can be handled in the main thread alone: make the manager there, or pass preemption=False")
         self.signal: signal.Signals | None = None
         self._earlier: dict[signal.Signals, Any] = {}
+        self._over = False
         self._pid = os.getpid()
         try:
             for each in map(signal.Signals, signals):
@@ -39,22 +40,28 @@ class Preemption:
         return 128 + (self.signal or 0)
 
     def restore(self) -> None:
-        """Put the earlier handlers back, where nobody has set another one since."""
-        for each in list(self._earlier):
+        """Put the earlier handlers back, where nobody has set another one since; one that was set passes over this one."""
+        self._over = True
+        for each in self._earlier:
             self._put_back(each)
 
     def _put_back(self, each: signal.Signals) -> None:
-        earlier = self._earlier.pop(each)
-        if threading.current_thread() is not threading.main_thread():
-            return
-        if signal.getsignal(each) == self._handle:
-            signal.signal(each, signal.SIG_DFL if earlier is None else earlier)
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(each) == self._handle:
+            signal.signal(each, self._before(each))
+
+    def _before(self, each: signal.Signals) -> Any:
+        """The handler there was, but for those of others that are over meanwhile."""
+        earlier = self._earlier[each]
+        owner = getattr(earlier, "__self__", None)
+        if isinstance(owner, Preemption) and owner._over:
+            return owner._before(each)
+        return signal.SIG_DFL if earlier is None else earlier
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         each = signal.Signals(number)
-        earlier = self._earlier.get(each)
-        if os.getpid() != self._pid:
-            # A forked worker saves nothing: what ends it must go on doing so.
+        earlier = self._before(each)
+        if (self._over or os.getpid() != self._pid) and signal.getsignal(each) == self._handle:
+            # Nothing is saved any more, or not by a forked worker: what ends a process must go on doing so.
             self._put_back(each)
             os.kill(os.getpid(), number)
             return

@@ -21,7 +21,8 @@ class Run:
     """id: None before the first save. records: what was saved or measured, in order. checkpoints: those on disk, in order.
 
     damaged: checkpoints whose manifest cannot be read, with the error. others: names of checkpoints that no manager wrote.
-    copies: names of those of the run that its history does not know: somebody made them. started: when the process looked.
+    copies: names of those of the run that its history does not know: somebody made them. lost: names of checkpoints that the
+    history tells of, where none is left. started: when the process looked.
     """
 
     rules: Rules
@@ -32,17 +33,26 @@ class Run:
     damaged: Mapping[str, CorruptError] = field(default_factory=dict)
     others: Sequence[str] = ()
     copies: frozenset[str] = frozenset()
+    lost: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self.state: State = self.rules.fold(self.records, self.started)
 
     def add(self, record: Record) -> None:
-        """What comes next."""
+        """What comes next; nothing from its sequence number on has happened."""
+        if self.records and self.records[-1].sequence >= record.sequence:
+            self.cut(record.sequence - 1)
         self.records.append(record)
         self.state = self.rules.update(self.state, record)
 
+    def before(self, record: Record) -> State:
+        """The state in which `record` comes."""
+        if not self.records or self.records[-1].sequence < record.sequence:
+            return self.state
+        return self.rules.fold([each for each in self.records if each.sequence < record.sequence], self.started)
+
     def cut(self, sequence: int) -> None:
-        """Go back: nothing after `sequence` has happened."""
+        """Nothing after `sequence` has happened."""
         self.checkpoints = tuple(each for each in self.checkpoints if each.sequence <= sequence)
         self._replace([each for each in self.records if each.sequence <= sequence])
 
@@ -115,7 +125,8 @@ def read(files: RunDirectory, history: History, rules: Rules, started: int) -> R
 
     Raises RunError where the directory holds checkpoints of another run alone.
     """
-    found, told = files.scan(), history.read()
+    told = history.read()
+    found = files.scan(None if told.run is None else told.names)
     ids = {head.run.id for head in found.heads.values() if head.run}
     run = told.run or (ids.pop() if len(ids) == 1 else None)
     own = {name: head for name, head in found.heads.items() if head.run and head.run.id == run}
@@ -139,6 +150,7 @@ def read(files: RunDirectory, history: History, rules: Rules, started: int) -> R
         damaged={name: error for name, error in found.damaged.items() if name in told.names or told.run is None},
         others=found.others,
         copies=frozenset(own.keys() - told.names) if told.names else frozenset(),
+        lost=() if own else sorted(told.names),
     )
 
 

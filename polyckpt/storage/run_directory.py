@@ -9,14 +9,14 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
 from polyckpt import manifest, schema
-from polyckpt.errors import CorruptError, LockedError, StorageError
+from polyckpt.errors import CorruptError, LockedError, StorageError, VersionError
 from polyckpt.storage import local
 
 LOCK_NAME = ".polyckpt-lock"
@@ -24,8 +24,8 @@ ABANDONED, CORRUPT = ASIDE = ("abandoned-", "corrupt-")
 """How the names of checkpoints begin that were set aside."""
 _NAME = re.compile(r"(step|epoch)-[0-9]{8,}(-[0-9]+)?\Z")
 
-_held: dict[tuple[int, int], int] = {}
-"""Directories that managers of this process write to, by device and inode, and that process: record locks know no threads."""
+_held: dict[tuple[int, int], RunDirectory] = {}
+"""Directories that this process writes to, by device and inode."""
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,12 @@ class RunDirectory:
         self._lock: int | None = None
         self._key = (0, 0)
 
-    def scan(self) -> Found:
-        """Every checkpoint in the directory. Links are not followed, and what was set aside does not count."""
+    def scan(self, known: Collection[str] | None) -> Found:
+        """Every checkpoint in the directory. Links are not followed, and what was set aside does not count.
+
+        known: the names of the run's checkpoints, None where that is not known. Under another name a directory without a
+        manifest is nothing, and a checkpoint of a format that cannot be read is one of `others`. Raises VersionError.
+        """
         heads: dict[str, schema.Head] = {}
         damaged: dict[str, CorruptError] = {}
         others: list[str] = []
@@ -70,8 +74,12 @@ class RunDirectory:
                 with open(source, "rb") as file:
                     head = manifest.decode_head(file.read(manifest.MAX_BYTES), source)
             except FileNotFoundError:
-                if os.path.isdir(entry.path):  # else it was deleted meanwhile
+                if known and entry.name in known and os.path.isdir(entry.path):  # else it was deleted meanwhile
                     damaged[entry.name] = CorruptError(f"{entry.path}: it has no {manifest.FILE_NAME}")
+            except VersionError:
+                if known is None or entry.name in known:
+                    raise
+                others.append(entry.name)
             except CorruptError as error:
                 damaged[entry.name] = error
             except OSError as error:
@@ -95,16 +103,19 @@ class RunDirectory:
         except OSError as error:
             raise StorageError(error.errno, f"cannot write to {self.path}: {error.strerror}") from error
         key = (status.st_dev, status.st_ino)
-        if _held.get(key) == os.getpid():
-            raise LockedError(f"{self.path}: another CheckpointManager of this process writes to it. Close that one first")
+        if key in _held:
+            raise LockedError(
+                f"{self.path}: another CheckpointManager of this process writes to it. Close that one first; "
+                "`with CheckpointManager(...) as` does it also where the block is interrupted"
+            )
         path = self.path / LOCK_NAME
         try:
             lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
             raise StorageError(error.errno, f"cannot write {path}: {error.strerror}") from error
         try:
-            # A record lock is not inherited by the workers that a data loader forks, as one of flock would be.
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A lock of fcntl would be lost as soon as anything in this process closes the file, such as a copy of the run.
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except (BlockingIOError, PermissionError) as error:
             holder = os.pread(lock, 1000, 0).decode(errors="replace").strip() or "unknown"
             os.close(lock)
@@ -118,20 +129,19 @@ class RunDirectory:
             os.truncate(lock, 0)
             os.pwrite(lock, msgspec.json.encode({"pid": os.getpid(), "host": socket.gethostname()}) + b"\n", 0)
         self._lock, self._key = lock, key
-        _held[key] = os.getpid()
+        _held[key] = self
         local.remove_leftovers(self.path)
 
     @property
     def claimed(self) -> bool:
         """Whether this process is the writer."""
-        return self._lock is not None and _held.get(self._key) == os.getpid()
+        return self._lock is not None
 
     def release(self) -> None:
         """Let others write."""
-        if self.claimed:
-            del _held[self._key]
         if self._lock is not None:
-            os.close(self._lock)
+            del _held[self._key]
+            local.unlock(self._lock)
             self._lock = None
 
     def free_name(self, name: str) -> str:
@@ -194,3 +204,15 @@ class RunDirectory:
                 os.symlink(name, temporary)
                 os.replace(temporary, path)
         return True
+
+
+def _disown() -> None:
+    """A forked worker writes to nothing, and must not hold the lock when the writer is gone."""
+    for each in _held.values():
+        if each._lock is not None:
+            os.close(each._lock)
+            each._lock = None
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_disown)
