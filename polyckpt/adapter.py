@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
+import numpy as np
+
 from polyckpt import schema
 from polyckpt.checkpoint import StoredTensor
 from polyckpt.errors import Problem
@@ -115,6 +117,18 @@ class Restore:
     undo: Callable[[], Any] | None = None
 
 
+class Recorder(Protocol):
+    """Told by `Adapter.trace` what happens while a model runs."""
+
+    def ran(self, path: str, output: np.ndarray) -> None:
+        """The layer `path`, as in schema.Layer, made `output`; called in the order in which layers end, for each call of one."""
+        ...
+
+    def flattened(self, path: str, shape: tuple[int, ...]) -> None:
+        """The layer `path` (linear) reads a tensor of `shape`, without its batch axis, whose axes were merged into one."""
+        ...
+
+
 def another_kind(value: Any, kind: str, path: str) -> Restore:
     """The refusal to restore what was stored as a `kind` into a live `value` that is none."""
     problem = Problem("value", "extra", path, stored=f"a {kind}", live=f"a {type(value).__name__}")
@@ -175,6 +189,16 @@ class Adapter(Protocol):
 
     def prepare_rng(self, tree: Any) -> Restore:
         """Compare the devices there are with those of a captured random state."""
+        ...
+
+    def trace(
+        self, model: Any, arguments: tuple[Any, ...], recorder: Recorder, apply: Callable[..., Any] | None
+    ) -> Sequence[np.ndarray]:
+        """Run `model` on a batch as for inference and return its outputs, flat; nothing of it or of random states changes.
+
+        arguments: positional ones, trees of NumPy arrays. apply: what to call instead, as apply(model, *arguments), for
+        models that are no functions (a linen or Haiku tree). Raises UnsupportedError where the model cannot be called.
+        """
         ...
 
     def leaf(self, value: Any) -> Leaf | Constant | None:
