@@ -45,11 +45,15 @@ class _Line(msgspec.Struct):
 
 @dataclass(frozen=True)
 class Told:
-    """What a history tells: the run's id, its records in order, and the name of every checkpoint it ever made."""
+    """What a history tells: the run's id, its records in order, and the name of every checkpoint it ever made.
+
+    last: the name that was told last, whose checkpoint a kill may have kept from coming to its end.
+    """
 
     run: str | None
     records: tuple[Record, ...]
     names: frozenset[str]
+    last: str | None = None
 
 
 class History:
@@ -71,6 +75,7 @@ class History:
         run: str | None = None
         records: list[Record] = []
         names: set[str] = set()
+        last: str | None = None
         damaged = []
         *lines, _ = data.split(b"\n")  # what a kill left of a last line is not a line
         for number, text in enumerate(lines, 1):
@@ -86,10 +91,12 @@ class History:
             while records and records[-1].sequence >= line.sequence:
                 records.pop()
             records.append(_record(line))
-            names.update([line.name] if line.name else [])
+            if line.name:
+                names.add(line.name)
+                last = line.name
         if damaged:
             warnings.warn(f"{self.path}: lines {damaged[:10]} are damaged and left out", stacklevel=2)
-        return Told(run, tuple(records), frozenset(names))
+        return Told(run, tuple(records), frozenset(names), last)
 
     @property
     def open(self) -> bool:

@@ -312,8 +312,7 @@ class CheckpointManager:
         if self._run.lost:
             listed = ", ".join(self._run.lost[-5:])
             warnings.warn(
-                f"{self.directory}: a fresh start, although history.jsonl tells of {listed}: "
-                "removed since, or never written to their end",
+                f"{self.directory}: a fresh start, although history.jsonl tells of {listed}, which are gone",
                 stacklevel=2,
             )
         logger.info("%s: no checkpoint yet, a fresh start", self.directory)

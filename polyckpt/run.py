@@ -150,7 +150,7 @@ def read(files: RunDirectory, history: History, rules: Rules, started: int) -> R
         damaged={name: error for name, error in found.damaged.items() if name in told.names or told.run is None},
         others=found.others,
         copies=frozenset(own.keys() - told.names) if told.names else frozenset(),
-        lost=() if own else sorted(told.names),
+        lost=() if own else sorted(told.names - {told.last}),
     )
 
 

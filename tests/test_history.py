@@ -55,7 +55,7 @@ def test_events_and_a_later_begin_change_nothing(tmp_path: Path) -> None:
     history.begin("b2")
     history.event("deleted", name="c1")
     history.close()
-    assert History(tmp_path).read() == Told("a1", (record(1, "c1"),), frozenset({"c1"}))
+    assert History(tmp_path).read() == Told("a1", (record(1, "c1"),), frozenset({"c1"}), "c1")
 
 
 @pytest.mark.parametrize("keep", [1, 20, -1, -2, -30])

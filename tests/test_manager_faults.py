@@ -403,6 +403,7 @@ def test_a_signal_during_a_background_save_waits_for_it_and_saves_once_more(
 
 TWICE = """
 import os, signal, sys, time, numpy as np, polyckpt
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may have it ignored
 ckpts = polyckpt.CheckpointManager(sys.argv[1], preemption=[signal.SIGTERM, signal.SIGINT])
 print("ready", flush=True)
 for _ in range(3000):

@@ -125,11 +125,11 @@ class RunDirectory:
             ) from error
         except OSError:
             pass  # this file system has no locks
+        self._lock, self._key = lock, key
+        _held[key] = self
         with contextlib.suppress(OSError):
             os.truncate(lock, 0)
             os.pwrite(lock, msgspec.json.encode({"pid": os.getpid(), "host": socket.gethostname()}) + b"\n", 0)
-        self._lock, self._key = lock, key
-        _held[key] = self
         local.remove_leftovers(self.path)
 
     @property
