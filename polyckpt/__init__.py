@@ -9,16 +9,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from polyckpt.api import Restored, inspect, load, save
+    from polyckpt import parity
+    from polyckpt.api import Restored, inspect, load, plan, save
     from polyckpt.checkpoint import Checkpoint
+    from polyckpt.conversion import Report
     from polyckpt.errors import (
         AdapterError,
+        AmbiguityError,
         CheckpointError,
         CheckpointExistsError,
         CorruptError,
         LockedError,
         MismatchError,
         NotACheckpointError,
+        ParityError,
+        PlanError,
         PolicyError,
         PolyckptError,
         Problem,
@@ -28,19 +33,24 @@ if TYPE_CHECKING:
         VersionError,
     )
     from polyckpt.manager import CheckpointManager, Start
+    from polyckpt.plans import Plan
     from polyckpt.policy import BestBy, EarlyStopping, Every, KeepEvery, KeepLast, OnImprovement, Record
 
 _MODULES = {
-    "polyckpt.api": ("Restored", "inspect", "load", "save"),
+    "polyckpt.api": ("Restored", "inspect", "load", "plan", "save"),
     "polyckpt.checkpoint": ("Checkpoint",),
+    "polyckpt.conversion": ("Report",),
     "polyckpt.errors": (
         "AdapterError",
+        "AmbiguityError",
         "CheckpointError",
         "CheckpointExistsError",
         "CorruptError",
         "LockedError",
         "MismatchError",
         "NotACheckpointError",
+        "ParityError",
+        "PlanError",
         "PolicyError",
         "PolyckptError",
         "Problem",
@@ -50,6 +60,7 @@ _MODULES = {
         "VersionError",
     ),
     "polyckpt.manager": ("CheckpointManager", "Start"),
+    "polyckpt.plans": ("Plan",),
     "polyckpt.policy": ("BestBy", "EarlyStopping", "Every", "KeepEvery", "KeepLast", "OnImprovement", "Record"),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names}
@@ -57,6 +68,7 @@ _HOME = {name: module for module, names in _MODULES.items() for name in names}
 __version__ = "0.1.0"
 __all__ = [
     "AdapterError",
+    "AmbiguityError",
     "BestBy",
     "Checkpoint",
     "CheckpointError",
@@ -71,10 +83,14 @@ __all__ = [
     "MismatchError",
     "NotACheckpointError",
     "OnImprovement",
+    "ParityError",
+    "Plan",
+    "PlanError",
     "PolicyError",
     "PolyckptError",
     "Problem",
     "Record",
+    "Report",
     "Restored",
     "RunError",
     "Start",
@@ -83,11 +99,15 @@ __all__ = [
     "VersionError",
     "inspect",
     "load",
+    "parity",
+    "plan",
     "save",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "parity":
+        return import_module("polyckpt.parity")
     if name not in _HOME:
         raise AttributeError(f"module 'polyckpt' has no attribute {name!r}")
     value = globals()[name] = getattr(import_module(_HOME[name]), name)

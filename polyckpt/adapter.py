@@ -121,7 +121,7 @@ class Recorder(Protocol):
     """Told by `Adapter.trace` what happens while a model runs."""
 
     def ran(self, path: str, output: np.ndarray) -> None:
-        """The layer `path`, as in schema.Layer, made `output`; called in the order in which layers end, for each call of one."""
+        """The layer `path`, as in schema.Layer, made `output`; called for each call of one, as it ends."""
         ...
 
     def flattened(self, path: str, shape: tuple[int, ...]) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polyckpt import objects, registry, residue, schema, snapshot
-from polyckpt.adapter import Adapter, Parts, Restore, StoredModel, StoredOptimizer
+from polyckpt import conversion, objects, parity, plans, registry, residue, schema, snapshot
+from polyckpt.adapter import NO_OPTIMIZER, Adapter, Parts, Restore, StoredModel, StoredOptimizer
 from polyckpt.checkpoint import Checkpoint, verify_all
+from polyckpt.conversion import Report
 from polyckpt.errors import CorruptError, MismatchError, Problem
+from polyckpt.names import type_name
+from polyckpt.plans import Plan
 from polyckpt.scalars import Scalar, optional_number
 from polyckpt.storage import local
 
@@ -25,7 +28,8 @@ class Restored:
     not saved. lr: the learning rate at the save, one per parameter group where there are several. model, optimizer,
     scheduler: the objects given to `load`, restored; new values where theirs are immutable (JAX). extra: every value that
     was saved, and the objects that were given. skipped: with strict=False, what did not fit and was left alone.
-    checkpoint: the opened checkpoint; None at a manager's fresh start.
+    checkpoint: the opened checkpoint; None at a manager's fresh start. report: where the checkpoint was converted, item by
+    item what became of it, and how the outputs compare.
     """
 
     epoch: int | None
@@ -39,6 +43,7 @@ class Restored:
     extra: dict[str, Any]
     skipped: tuple[Problem, ...]
     checkpoint: Checkpoint | None
+    report: Report | None = None
 
 
 def save(
@@ -53,6 +58,8 @@ def save(
     metrics: Mapping[str, Scalar] | None = None,
     lr: Scalar | Iterable[Scalar] | None = None,
     extra: Mapping[str, Any] | None = None,
+    probe: Any = None,
+    apply: Callable[..., Any] | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Save a training run as the directory `path`, whole or not at all; returns its absolute path.
@@ -62,6 +69,8 @@ def save(
     rate schedule with state. epoch, step: completed so far. batch: batches consumed of the epoch under way, where the save
     is in the middle of one. metrics: name -> number, NaN allowed. lr: by default that of the optimizer, where it holds one.
     extra: name -> any further object with state (loss scaler, EMA, generator) or any value of JSON and arrays.
+    probe: a small batch (an array, or a tuple of the arguments of the model), stored with what the model makes of it: what
+    proves a conversion into another framework right. apply: how a model that is no function is called, as apply(model, batch).
     overwrite: whether a checkpoint that is there already is replaced; the old one stays until the new one is whole.
 
     The random states of Python, NumPy and the framework are saved too. Training goes on as if nothing had been saved.
@@ -76,7 +85,17 @@ def save(
     """
     target = local.absolute(path)
     captured = snapshot.capture(
-        model, optimizer, scheduler=scheduler, epoch=epoch, step=step, batch=batch, metrics=metrics, lr=lr, extra=extra
+        model,
+        optimizer,
+        scheduler=scheduler,
+        epoch=epoch,
+        step=step,
+        batch=batch,
+        metrics=metrics,
+        lr=lr,
+        extra=extra,
+        probe=probe,
+        apply=apply,
     )
     captured.write(target, overwrite=overwrite)
     return target
@@ -92,22 +111,48 @@ def load(
     strict: bool = True,
     verify: bool = True,
     rng: bool | None = None,
+    rules: Mapping[str, str] | None = None,
+    plan: Plan | str | os.PathLike[str] | None = None,
+    cast: bool = False,
+    probe_axes: str | Sequence[str | None] | None = None,
+    tolerance: float | None = None,
+    apply: Callable[..., Any] | None = None,
 ) -> Restored:
-    """Restore the checkpoint `path` into live objects of the framework that wrote it.
+    """Restore the checkpoint `path` into live objects, of the framework that wrote it or of another.
 
     model, optimizer, scheduler, extra: as given to `save`; for immutable JAX values templates (arrays or
     ShapeDtypeStructs), and the restored ones are in the result. Without an optimizer only weights are loaded. strict: with
     False, load the entries that fit and report the rest in `.skipped`. verify: compare all bytes that are read with their
     checksums first. rng: restore random states; by default where an optimizer is restored.
 
+    Into a model of another framework (or one whose names are all others) weights are converted: layers are paired by kind,
+    shape, names and order, layouts are turned, and where the checkpoint holds a probe the model is run on it and must compute
+    the same. What cannot be told is refused. rules: path in the checkpoint -> path in the model, for what names do not say;
+    `{name}` stands for any part of a path. plan: a Plan, or the file of one. cast: also round to narrower types. probe_axes:
+    how the model wants the probe's axes ("b c h w -> b h w c"), by default read off both. tolerance: of the outputs, relative,
+    by default 1e-5 in float32. apply: how a model that is no function is called, as apply(model, batch). `report` in the
+    result says what became of each tensor.
+
     Everything is compared and verified before anything is written. Raises MismatchError, listing every entry that is
-    missing, unexpected, of another shape or type; NotACheckpointError, CorruptError, VersionError or StorageError.
+    missing, unexpected, of another shape or type; AmbiguityError and ParityError, which are kinds of it; PlanError;
+    NotACheckpointError, CorruptError, VersionError or StorageError.
     """
     checkpoint = Checkpoint(path, verify=verify)
     adapter = registry.adapter_for(model, "model")
-    _check_adapter(checkpoint, adapter)
-    parts = adapter.parts(model, optimizer)
+    options = conversion.Options(
+        rules=rules,
+        pairs=_pairs(plan),
+        strict=strict,
+        verify=verify,
+        cast=cast,
+        probe_axes=probe_axes,
+        tolerance=tolerance,
+        apply=apply,
+    )
     native = _decode_native(checkpoint)
+    parts = adapter.parts(model, optimizer)
+    if rules or plan is not None or _is_foreign(checkpoint, adapter, parts.model):
+        return _convert(checkpoint, native, adapter, model, optimizer, scheduler, extra or {}, options)
     restore_rng = (parts.optimizer is not None) if rng is None else rng
 
     with _readable(checkpoint):
@@ -124,20 +169,29 @@ def load(
     results = _apply(prepared)
 
     restored_model, restored_optimizer = parts.join(results["model"], results.get("optimizer"))
-    metrics, rate = checkpoint.manifest.metrics, checkpoint.manifest.learning_rate
-    return Restored(
-        epoch=checkpoint.manifest.progress.epoch,
-        step=checkpoint.manifest.progress.step,
-        batch=checkpoint.manifest.progress.batch,
-        metrics={name: schema.from_number(number) for name, number in metrics.items()},
-        lr=tuple(map(schema.from_number, rate)) if isinstance(rate, tuple) else optional_number(rate),
-        model=restored_model,
-        optimizer=restored_optimizer,
-        scheduler=results.get("scheduler"),
-        extra={name.removeprefix("extra "): value for name, value in results.items() if name.startswith("extra ")},
-        skipped=problems,
-        checkpoint=checkpoint,
-    )
+    return _restored(checkpoint, restored_model, restored_optimizer, results, problems)
+
+
+def plan(
+    path: str | os.PathLike[str],
+    model: Any,
+    *,
+    rules: Mapping[str, str] | None = None,
+    probe_axes: str | Sequence[str | None] | None = None,
+    apply: Callable[..., Any] | None = None,
+) -> Plan:
+    """How `load` would convert the checkpoint `path` into `model`; nothing is loaded, and nothing of the model changes.
+
+    The arguments are those of `load`. Print the plan, or `save` it, edit the file, and pass it to `load(..., plan=)`. What is
+    not settled in it is settled by the probe where the checkpoint holds one, by rules or by hand.
+
+    Raises PlanError for rules that cannot be followed, NotACheckpointError, CorruptError, VersionError or StorageError.
+    """
+    checkpoint = Checkpoint(path)
+    adapter = registry.adapter_for(model, "model")
+    options = conversion.Options(rules=rules, probe_axes=probe_axes, apply=apply)
+    parts = adapter.parts(model, NO_OPTIMIZER)
+    return conversion.prepare(checkpoint, _probe(checkpoint, _decode_native(checkpoint)), adapter, parts.model, options).plan
 
 
 def inspect(path: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint:
@@ -149,6 +203,87 @@ def inspect(path: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint:
     Raises NotACheckpointError, CorruptError, VersionError or StorageError.
     """
     return Checkpoint(path, verify=verify)
+
+
+def _convert(
+    checkpoint: Checkpoint,
+    native: Mapping[str, Any],
+    adapter: Adapter,
+    model: Any,
+    optimizer: Any,
+    scheduler: Any,
+    extra: Mapping[str, Any],
+    options: conversion.Options,
+) -> Restored:
+    """Load into a model whose names are other ones. What only the framework that wrote it can use stays out."""
+    refused = {"optimizer": optimizer not in (None, NO_OPTIMIZER), "scheduler": scheduler is not None, "extra": bool(extra)}
+    if any(refused.values()):
+        raise MismatchError(
+            f"{checkpoint.path} was saved by the {checkpoint.manifest.producer.adapter} adapter from a model with other names. "
+            f"Weights can be converted; {' and '.join(name for name, given in refused.items() if given)} cannot: leave it out"
+        )
+    parts = adapter.parts(model, NO_OPTIMIZER)
+    with _readable(checkpoint):
+        values = {
+            f"extra {name}": objects.prepare(None, entry, f"extra {name}")
+            for name, entry in (native.get("extra") or {}).items()
+            if entry["kind"] == objects.VALUE
+        }
+        if options.verify:
+            verify_all(tensor for restore in values.values() for tensor in restore.tensors)
+        results = _apply(values)
+    converted = conversion.prepare(checkpoint, _probe(checkpoint, native), adapter, parts.model, options)
+    restored, report, problems = converted.run()
+    return _restored(checkpoint, parts.join(restored, None)[0], None, results, problems, report)
+
+
+def _restored(
+    checkpoint: Checkpoint,
+    model: Any,
+    optimizer: Any,
+    results: Mapping[str, Any],
+    problems: Sequence[Problem],
+    report: Report | None = None,
+) -> Restored:
+    metrics, rate = checkpoint.manifest.metrics, checkpoint.manifest.learning_rate
+    return Restored(
+        epoch=checkpoint.manifest.progress.epoch,
+        step=checkpoint.manifest.progress.step,
+        batch=checkpoint.manifest.progress.batch,
+        metrics={name: schema.from_number(number) for name, number in metrics.items()},
+        lr=tuple(map(schema.from_number, rate)) if isinstance(rate, tuple) else optional_number(rate),
+        model=model,
+        optimizer=optimizer,
+        scheduler=results.get("scheduler"),
+        extra={name.removeprefix("extra "): value for name, value in results.items() if name.startswith("extra ")},
+        skipped=tuple(problems),
+        checkpoint=checkpoint,
+        report=report,
+    )
+
+
+def _is_foreign(checkpoint: Checkpoint, adapter: Adapter, model: Any) -> bool:
+    """Whether a model cannot be what was saved: another framework's, or one that shares not a single name with it."""
+    if checkpoint.manifest.producer.adapter != adapter.name:
+        return True
+    described = checkpoint.manifest.model
+    if described.type == type_name(model) and not isinstance(model, Mapping):
+        return False
+    names = adapter.capture_model(model).weights.keys()
+    return bool(names) and bool(checkpoint.weights.stored) and names.isdisjoint(checkpoint.weights.stored)
+
+
+def _pairs(plan: Plan | str | os.PathLike[str] | None) -> Sequence[tuple[str, str, plans.Flatten | None]]:
+    if plan is None:
+        return ()
+    if isinstance(plan, Plan):
+        return [(pair.source.path, pair.target.path, pair.flatten) for pair in plan.pairs]
+    return plans.read(plan)
+
+
+def _probe(checkpoint: Checkpoint, native: Mapping[str, Any]) -> parity.Probe | None:
+    with _readable(checkpoint):
+        return parity.decode(residue.live(native.get("probe")))
 
 
 def _prepare(
@@ -258,15 +393,6 @@ def _package(kind: str) -> str:
     if not isinstance(kind, str):
         raise TypeError(f"{kind!r} is no kind of a tensor or constant")
     return kind.partition(".")[0]
-
-
-def _check_adapter(checkpoint: Checkpoint, adapter: Adapter) -> None:
-    producer = checkpoint.manifest.producer.adapter
-    if producer != adapter.name:
-        raise MismatchError(
-            f"{checkpoint.path} was saved by the {producer} adapter, the model given is one of {adapter.name}. Load it into "
-            f"a model of {producer}, or read its tensors with polyckpt.inspect(path).weights"
-        )
 
 
 def _prepare_entry(entry: dict[str, Any] | None, live: Any, path: str) -> Restore:

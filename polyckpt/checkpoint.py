@@ -32,10 +32,14 @@ class StoredTensor:
         self.name = name
         self.dtype = tensor.dtype
         self.shape = tensor.shape
-        self.checksums = tuple(chunk.checksum for chunk in tensor.chunks)
         self._files = files
         self._tensor = tensor
         self._verified = False
+
+    @property
+    def checksums(self) -> tuple[str, ...]:
+        """Equal for tensors of equal bytes."""
+        return tuple(chunk.checksum for chunk in self._tensor.chunks)
 
     def __str__(self) -> str:
         return f"{self.dtype}{list(self.shape)}"

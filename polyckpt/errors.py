@@ -11,6 +11,9 @@
     ├── StorageError                 the file system refused a read or a write (also OSError)
     ├── UnsupportedError             an object or a value that cannot be stored, named with the reason
     ├── MismatchError                the checkpoint and the live objects do not fit; `.problems` lists every entry
+    │   ├── AmbiguityError           which tensor is which cannot be told, and a guess is not made
+    │   └── ParityError              the converted model does not compute what the one that was saved did
+    ├── PlanError                    rules or a plan that cannot be followed (also ValueError)
     ├── AdapterError                 no adapter for an object, or its framework is not installed
     ├── PolicyError                  a policy, or a metric for one, that decides nothing (also ValueError)
     └── RunError                     a call that contradicts the run in a manager's directory
@@ -96,3 +99,15 @@ class MismatchError(PolyckptError):
     def __init__(self, summary: str, problems: Sequence[Problem] = ()) -> None:
         self.problems = tuple(problems)
         super().__init__("\n".join([summary, *(f"  {problem}" for problem in self.problems)]))
+
+
+class AmbiguityError(MismatchError):
+    """Which tensor is which cannot be told from the two models; the message lists what is alike and how to settle it."""
+
+
+class ParityError(MismatchError):
+    """A converted model does not compute what the one that was saved did; the message names the first layer that diverges."""
+
+
+class PlanError(PolyckptError, ValueError):
+    """Rules or a plan that cannot be followed: they name what is not there, fit nothing, or contradict each other."""

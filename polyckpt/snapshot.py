@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from polyckpt import __version__, manifest, objects, registry, residue, schema
+from polyckpt import __version__, manifest, objects, parity, registry, residue, schema
 from polyckpt.adapter import OptimizerCapture
 from polyckpt.leaves import Leaf
 from polyckpt.scalars import Scalar, count, learning_rate, scalar, text
@@ -67,6 +67,8 @@ def capture(
     metrics: Mapping[str, Scalar] | None = None,
     lr: Scalar | Iterable[Scalar] | None = None,
     extra: Mapping[str, Any] | None = None,
+    probe: Any = None,
+    apply: Callable[..., Any] | None = None,
 ) -> Snapshot:
     """Capture a run; the arguments are those of polyckpt.save. Raises UnsupportedError, naming what cannot be stored."""
     adapter = registry.adapter_for(model, "model")
@@ -85,6 +87,9 @@ def capture(
     if scheduler is not None:
         native["scheduler"] = objects.capture(scheduler, "scheduler")
     native["extra"] = {text(name, "extra"): objects.capture(value, f"extra {name!r}") for name, value in (extra or {}).items()}
+    if probe is not None:
+        arguments = parity.arguments_of(probe)
+        native["probe"] = parity.encode(parity.Probe(arguments, parity.record(adapter, parts.model, arguments, apply)))
     native["rng"] = {name: tree for name, each in adapters.items() if (tree := each.capture_rng()) is not None}
     described = _describe_optimizer(optimized, sections) if optimized else None
     encoded = residue.encode(native, leaf=_encode_leaf, add_tensor=sections.add_state, path=())

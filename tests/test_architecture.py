@@ -14,7 +14,7 @@ from tests.sealing import REPOSITORY, run_python
 CORE = sorted((REPOSITORY / "polyckpt").rglob("*.py"))
 ADAPTERS = sorted((REPOSITORY / "adapters").rglob("*.py"))
 
-CORE_MAY_IMPORT = {"numpy", "ml_dtypes", "msgspec", "xxhash"}
+CORE_MAY_IMPORT = {"numpy", "ml_dtypes", "msgspec", "xxhash", "scipy"}
 FRAMEWORKS = {"torch", "keras", "tensorflow", "jax", "jaxlib", "flax", "optax", "equinox", "haiku", "orbax"}
 ADAPTER_MAY_IMPORT = {
     "numpy": set(),
@@ -29,15 +29,18 @@ CONSUMERS = {"keras/model_checkpoint.py", "keras/written.py", "keras/backup.py",
 LAYERS = [
     ["errors"],
     ["schema", "checksums", "names", "dtypes"],
-    ["leaves", "layers", "optimizers", "scalars", "policy", "background", "preemption"],
-    ["residue", "staging", "rules"],
+    ["leaves", "layers", "layouts", "optimizers", "scalars", "policy", "background", "preemption"],
+    ["residue", "staging", "rules", "units"],
+    ["matching"],
+    ["plans"],
     ["manifest", "history"],
     ["storage", "storage.tensor_file", "storage.local"],
     ["storage.run_directory"],
     ["checkpoint", "sections", "run"],
     ["adapter"],
     ["registry"],
-    ["objects"],
+    ["objects", "parity"],
+    ["conversion"],
     ["snapshot"],
     ["api"],
     ["manager"],

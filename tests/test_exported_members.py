@@ -6,9 +6,10 @@ import polyckpt
 from polyckpt import errors
 
 PUBLIC = """
-AdapterError BestBy Checkpoint CheckpointError CheckpointExistsError CheckpointManager CorruptError EarlyStopping Every
-KeepEvery KeepLast LockedError MismatchError NotACheckpointError OnImprovement PolicyError PolyckptError Problem Record Restored
-RunError Start StorageError UnsupportedError VersionError inspect load save
+AdapterError AmbiguityError BestBy Checkpoint CheckpointError CheckpointExistsError CheckpointManager CorruptError EarlyStopping
+Every KeepEvery KeepLast LockedError MismatchError NotACheckpointError OnImprovement ParityError Plan PlanError PolicyError
+PolyckptError Problem Record Report Restored RunError Start StorageError UnsupportedError VersionError inspect load parity plan
+save
 """
 
 

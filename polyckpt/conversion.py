@@ -1,0 +1,464 @@
+"""Carrying out a plan: tensors that are made from a checkpoint's when they are read, and the proof that the result is right.
+
+Nothing is written to a live model before everything was checked; where a probe then shows that the model computes something
+else, what it held before is put back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from polyckpt import parity, plans
+from polyckpt.adapter import Adapter, ModelCapture, Restore, StoredModel
+from polyckpt.checkpoint import Checkpoint, StoredTensor, verify_all
+from polyckpt.checksums import checksum
+from polyckpt.dtypes import lookup
+from polyckpt.errors import AmbiguityError, MismatchError, ParityError, PlanError, Problem, UnsupportedError
+from polyckpt.layouts import aligned
+from polyckpt.leaves import Leaf
+from polyckpt.matching import compatible
+from polyckpt.parity import Comparison, Probe, Recording
+from polyckpt.plans import Exactness, Flatten, Loss, Move, Plan, Row, Side
+from polyckpt.units import BARE, Unit
+
+_MAX_RUNS = 200
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did: its rows, what differs between the models, and how their outputs compare (None: not seen)."""
+
+    summary: str
+    rows: Sequence[Row]
+    notes: Sequence[str]
+    parity: Comparison | None
+
+    def __str__(self) -> str:
+        widths = [max((len(getattr(row, name)) for row in self.rows), default=0) for name in ("target", "source", "how")]
+        lines = [
+            f"{row.target:<{widths[0]}}  {row.source:<{widths[1]}}  {row.how:<{widths[2]}}  {row.exactness}".rstrip()
+            for row in self.rows
+        ]
+        proof = (
+            f"parity: {self.parity}" if self.parity else "parity: not compared, the checkpoint holds no probe that could be run"
+        )
+        return "\n".join([self.summary, *lines, *(f"differs: {note}" for note in self.notes), proof])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What the caller of `load` or `plan` said about a conversion; as there."""
+
+    rules: Mapping[str, str] | None = None
+    pairs: Sequence[tuple[str, str, Flatten | None]] = ()
+    strict: bool = True
+    verify: bool = True
+    cast: bool = False
+    probe_axes: str | Sequence[str | None] | None = None
+    tolerance: float | None = None
+    apply: Callable[..., Any] | None = None
+
+
+class Converted(StoredTensor):
+    """A tensor that is made of stored ones by a plan, when it is read."""
+
+    def __init__(
+        self, name: str, dtype: str, shape: tuple[int, ...], moves: Sequence[Move], stored: Mapping[str, StoredTensor]
+    ) -> None:
+        self.name, self.dtype, self.shape = name, dtype, shape
+        self._moves, self._stored = moves, stored
+        covered = sum(math.prod(move.target.shape) for move in moves)
+        if covered != math.prod(shape):
+            raise PlanError(f"{name}: the plan gives {covered} of its {math.prod(shape)} elements")
+
+    @cached_property
+    def sources(self) -> tuple[StoredTensor, ...]:
+        """The stored tensors it is made of."""
+        found = {piece.tensor: self._stored[piece.tensor] for move in self._moves for piece in move.sources}
+        return tuple(found.values())
+
+    @property
+    def checksums(self) -> tuple[str, ...]:
+        return (checksum(self.raw().data),)
+
+    def verify(self) -> None:
+        for stored in self.sources:
+            stored.verify()
+
+    def raw(self) -> np.ndarray:
+        return np.ascontiguousarray(self.numpy()).reshape(-1).view(np.uint8)
+
+    def numpy(self) -> np.ndarray:
+        """The tensor in the layout of the live model: a view of the stored one where only axes were moved."""
+        dtype = lookup(self.dtype, self.name).numpy
+        if len(self._moves) == 1 and self._moves[0].exactness == Exactness.EXACT and self._moves[0].sign > 0:
+            (move,) = self._moves
+            source = move.sources[0]
+            value = aligned(source, self._stored[source.tensor].numpy(), move.target)
+            return move.target.whole(value).astype(dtype, copy=False)
+        whole = np.empty(self.shape, dtype)
+        for move in self._moves:
+            move.target.view(whole)[...] = self._value(move)
+        return whole
+
+    def _value(self, move: Move) -> Any:
+        terms = [aligned(piece, self._stored[piece.tensor].numpy(), move.target) for piece in move.sources]
+        if not terms:
+            return move.constant
+        total = terms[0]
+        for term in terms[1:]:
+            total = total + term
+        total = total + np.asarray(move.constant, total.dtype) if move.constant else total
+        return -total if move.sign < 0 else total
+
+
+class Held(StoredTensor):
+    """A copy of a live tensor."""
+
+    def __init__(self, name: str, leaf: Leaf) -> None:
+        self.name, self.dtype, self.shape = name, leaf.dtype, leaf.shape
+        self._bytes = np.array(leaf.read()).reshape(-1).view(np.uint8)
+
+    @property
+    def checksums(self) -> tuple[str, ...]:
+        return (checksum(self._bytes.data),)
+
+    def verify(self) -> None:
+        return
+
+    def raw(self) -> np.ndarray:
+        return self._bytes
+
+
+@dataclass
+class Conversion:
+    """A checkpoint and a live model of another framework, or of other names, with the plan between them."""
+
+    checkpoint: Checkpoint
+    adapter: Adapter
+    model: Any
+    options: Options
+    captured: ModelCapture
+    aliases: Mapping[str, str]
+    probe: Probe | None
+    arguments: tuple[Any, ...]
+    plan: Plan
+
+    def run(self) -> tuple[Any, Report, tuple[Problem, ...]]:
+        """The restored model, the report, and what was left alone. Raises MismatchError and its kinds; then nothing changed."""
+        problems = self._problems()
+        if problems and self.options.strict:
+            raise MismatchError(
+                f"{self.checkpoint.path} does not fit the model ({len(problems)} entries; nothing was loaded). Pass rules= "
+                "where names mislead, or strict=False to load what fits:",
+                problems,
+            )
+        if self.plan.problems() and self.probe is None:
+            raise AmbiguityError(
+                f"{self.checkpoint.path} -> {self.plan.target.label}: which tensor is which cannot be told, and is not guessed "
+                f"(nothing was loaded):\n  " + "\n  ".join(self.plan.problems()) + f"\n{_HOW_TO_SETTLE}"
+            )
+        if self.probe is None:
+            return self._applied(self.plan), self._report(None), problems
+        return (*self._proven(), problems)
+
+    def _problems(self) -> tuple[Problem, ...]:
+        """What has no counterpart, would be lost, or would be rounded."""
+        target, stored = self.plan.target, self.checkpoint.weights.stored
+        found = [
+            Problem("missing", "weights", piece.tensor, live=_shown(target, piece.tensor))
+            for unit in self.plan.missing
+            for piece in unit.pieces.values()
+        ]
+        found += [
+            Problem("unexpected", "weights", piece.tensor, stored=str(stored[piece.tensor]))
+            for unit in self.plan.dropped
+            for piece in unit.pieces.values()
+            if not (unit.kind == BARE and stored[piece.tensor].dtype.startswith(("int", "uint", "bool")))
+        ]
+        made, losses = self.plan.moves()
+        found += [self._lost(loss) for loss in losses if not self._is_void(loss)]
+        for name, moves in made.items():
+            for source in {piece.tensor for move in moves for piece in move.sources}:
+                if not self.options.cast and not _widens(stored[source].dtype, target.tensors[name][1]):
+                    found.append(
+                        Problem(
+                            "dtype",
+                            "weights",
+                            name,
+                            stored=str(stored[source]),
+                            live=f"{_shown(target, name)}; pass cast=True to round",
+                        )
+                    )
+        return tuple(dict.fromkeys(found))
+
+    def _is_void(self, loss: Loss) -> bool:
+        value = loss.piece.view(self.checkpoint.weights.stored[loss.piece.tensor].numpy())
+        return loss.value is not None and bool(np.all(np.asarray(value, np.float64) == loss.value))
+
+    def _lost(self, loss: Loss) -> Problem:
+        stored = self.checkpoint.weights.stored[loss.piece.tensor]
+        return Problem("value", "weights", loss.piece.tensor, stored=f"{stored} not all {loss.value:g}", live="no place for it")
+
+    def _stored_model(self, plan: Plan) -> StoredModel:
+        """The checkpoint's model as if it had been saved from the live one."""
+        stored = self.checkpoint.weights.stored
+        made, _ = plan.moves()
+        weights: dict[str, StoredTensor] = {}
+        for name, moves in made.items():
+            shape, dtype = plan.target.tensors[name]
+            weights[name] = Converted(name, dtype, shape, moves, stored)
+        for alias, name in self.aliases.items():
+            if alias not in weights and name in weights:
+                weights[alias] = weights[name]
+            elif name not in weights and alias in weights:
+                weights[name] = weights[alias]
+        return self._as_stored(weights)
+
+    def _as_stored(self, weights: Mapping[str, StoredTensor]) -> StoredModel:
+        return StoredModel(
+            type=self.captured.type, weights=weights, aliases=self.aliases, native=self.captured.native, rng=None
+        )
+
+    def _prepared(self, plan: Plan) -> Restore:
+        prepared = self.adapter.prepare_model(self.model, self._stored_model(plan), rng=False)
+        if prepared.problems and self.options.strict:
+            raise MismatchError(f"{self.checkpoint.path} does not fit the model (nothing was loaded):", prepared.problems)
+        return prepared
+
+    def _applied(self, plan: Plan) -> Any:
+        prepared = self._prepared(plan)
+        if self.options.verify:
+            verify_all(prepared.tensors)
+        return prepared.apply()
+
+    def _proven(self) -> tuple[Any, Report]:
+        """Load, run the probe and compare; where evidence did not settle the plan, what agrees does."""
+        before = self._as_stored({name: Held(name, leaf) for name, leaf in self.captured.weights.items()})
+        try:
+            plan, comparison, model = self._settled()
+        except BaseException:
+            self.adapter.prepare_model(self.model, before, rng=False).apply()
+            raise
+        self.plan = plans.proven(plan, "parity")
+        return model, self._report(comparison)
+
+    def _settled(self) -> tuple[Plan, Comparison, Any]:
+        plan = self.plan
+        comparison, model = self._tried(plan)
+        best = comparison
+        runs = 1
+        while not comparison.agrees:
+            better = None
+            for candidate in _alternatives(plan, comparison):
+                if runs >= _MAX_RUNS:
+                    break
+                runs += 1
+                with contextlib.suppress(PlanError):
+                    tried, model = self._tried(candidate)
+                    if tried.agrees or self._further(tried, comparison):
+                        better = (candidate, tried)
+                        break
+            if better is None:
+                raise ParityError(self._diverged(best, runs))
+            plan, comparison = better
+            best = comparison
+        return plan, comparison, model
+
+    def _tried(self, plan: Plan) -> tuple[Comparison, Any]:
+        assert self.probe is not None
+        model = self._applied(plan)
+        found = parity.record(self.adapter, model, self.arguments, self.options.apply)
+        comparison = parity.compare_recordings(
+            self.probe.recording, found, tolerance=self.options.tolerance, partners=_partners(plan)
+        )
+        self._ran = {ran.path: place for place, ran in reversed(list(enumerate(found.layers)))}
+        return comparison, model
+
+    def _further(self, one: Comparison, other: Comparison) -> bool:
+        """Whether `one` diverges at a later layer."""
+        if one.first is None or other.first is None:
+            return one.first is None and other.first is not None
+        return self._ran.get(one.first[0], -1) > self._ran.get(other.first[0], -1)
+
+    def _report(self, comparison: Comparison | None) -> Report:
+        rows = self.plan.rows()
+        counts = {kind: sum(row.exactness == kind for row in rows) for kind in Exactness}
+        told = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+        return Report(
+            f"{self.plan.source.label} -> {self.plan.target.label}: {told or 'nothing'}", rows, self.plan.notes, comparison
+        )
+
+    def _diverged(self, comparison: Comparison, runs: int) -> str:
+        lines = [
+            f"{self.checkpoint.path}: the converted model does not compute what the one that was saved did: {comparison}. "
+            "The live model is as it was."
+        ]
+        if comparison.first is not None:
+            partner = _partners(self.plan).get(comparison.first[0], "")
+            lines.append(f"{comparison.first[0]} took the weights of {partner}; all compared layers that ran before it agree")
+        lines += [f"differs: {note}" for note in self.plan.notes]
+        lines += [f"not settled: {problem}" for problem in self.plan.problems()]
+        if runs > 1:
+            lines.append(f"{runs} ways to pair what is alike were tried, and none agrees")
+        lines.append(
+            "Weights that are right beside a model that computes otherwise (another epsilon, activation, padding) are loaded "
+            "with tolerance=; a pairing that is wrong is put right with rules= or plan="
+        )
+        return "\n  ".join(lines)
+
+
+_HOW_TO_SETTLE = (
+    "Any of these settles it: save the checkpoint with probe=<a small batch>, and the outputs of both models decide (a linen "
+    "or Haiku tree needs apply= too); pass rules={'path in the checkpoint': 'path in the model'}, where {name} stands for any "
+    "part of a path; or polyckpt.plan(...).save('plan.json'), edit that file, and pass plan='plan.json'"
+)
+
+
+def prepare(checkpoint: Checkpoint, probe: Probe | None, adapter: Adapter, model: Any, options: Options) -> Conversion:
+    """Look at both sides and make the plan. The probe is left out where the model cannot be run.
+
+    Raises PlanError, UnsupportedError.
+    """
+    layers, order = checkpoint.manifest.model.layers, checkpoint.manifest.model.order
+    expected = probe.recording if probe else Recording()
+    source = Side.of(
+        f"{checkpoint.manifest.producer.adapter} {checkpoint.manifest.model.type}",
+        layers,
+        order,
+        {name: (tensor.shape, tensor.dtype) for name, tensor in checkpoint.weights.stored.items()},
+        checkpoint.manifest.model.aliases,
+        ran=[ran.path for ran in expected.layers],
+        flattened=expected.flattened_into,
+    )
+    captured = _captured(adapter, model, probe, options)
+    aliases = _aliases(captured)
+    tensors = {name: (leaf.shape, leaf.dtype) for name, leaf in captured.weights.items()}
+    label = f"{adapter.name} {captured.type}"
+    target = Side.of(label, captured.layers, captured.order, tensors, aliases)
+    arguments: tuple[Any, ...] = ()
+    if probe is not None:
+        arguments = _turned(probe.arguments, source, target, options.probe_axes)
+        if adapter.name == "jax" and options.apply is None and not callable(model):
+            probe = None
+        else:
+            first = parity.record(adapter, model, arguments, options.apply)
+            target = Side.of(
+                label,
+                captured.layers,
+                captured.order,
+                tensors,
+                aliases,
+                ran=[ran.path for ran in first.layers],
+                flattened=first.flattened_into,
+            )
+    plan = plans.make(source, target, rules=options.rules, pairs=options.pairs)
+    return Conversion(checkpoint, adapter, model, options, captured, aliases, probe, arguments, plan)
+
+
+def _captured(adapter: Adapter, model: Any, probe: Probe | None, options: Options) -> ModelCapture:
+    try:
+        return adapter.capture_model(model)
+    except UnsupportedError:
+        if probe is None or (options.probe_axes is None and any(_is_image(each) for each in probe.arguments)):
+            raise
+        # A model that is not built yet is built by what it is called with.
+        parity.record(adapter, model, _turned(probe.arguments, None, None, options.probe_axes), options.apply)
+        return adapter.capture_model(model)
+
+
+def _aliases(captured: ModelCapture) -> dict[str, str]:
+    """Tied names of a live model -> the first name of the same tensor."""
+    first: dict[Any, str] = {}
+    found = {}
+    for name, leaf in captured.weights.items():
+        if leaf.identity is None:
+            continue
+        owner = first.setdefault((leaf.dtype, leaf.identity), name)
+        if owner != name:
+            found[name] = owner
+    return found
+
+
+def _is_image(argument: Any) -> bool:
+    return isinstance(argument, np.ndarray) and argument.ndim > 2 and argument.dtype.kind not in "iub"
+
+
+def _turned(
+    arguments: tuple[Any, ...], source: Side | None, target: Side | None, axes: str | Sequence[str | None] | None
+) -> tuple[Any, ...]:
+    """The probe's batch with its axes as the target has them."""
+    if axes is not None:
+        patterns = [axes] if isinstance(axes, str) else list(axes)
+        if len(patterns) > len(arguments):
+            raise PlanError(f"probe_axes: {len(patterns)} patterns for {len(arguments)} arguments")
+        patterns += [None] * (len(arguments) - len(patterns))
+        pairs = zip(arguments, patterns, strict=True)
+        return tuple(each if pattern is None else _rearranged(each, pattern) for each, pattern in pairs)
+    if source is None or target is None or None in (source.channels, target.channels) or source.channels == target.channels:
+        return arguments
+    kernels = [unit.pieces.get("kernel") for unit in source.units if unit.kind in ("conv", "conv_transpose")]
+    spatial = {len(kernel.shape) - 2 for kernel in kernels if kernel is not None}
+    ends = (1, -1) if target.channels == "last" else (-1, 1)
+    return tuple(np.moveaxis(each, *ends) if _is_image(each) and each.ndim - 2 in spatial else each for each in arguments)
+
+
+def _rearranged(argument: Any, pattern: str) -> np.ndarray:
+    left, arrow, right = pattern.partition("->")
+    before, after = left.split(), right.split()
+    if not arrow or sorted(before) != sorted(after) or len(set(before)) != len(before) or np.ndim(argument) != len(before):
+        raise PlanError(
+            f"probe_axes={pattern!r}: write the axes of the checkpoint's batch and of the model's: 'b c h w -> b h w c'"
+        )
+    return np.transpose(argument, [before.index(axis) for axis in after])
+
+
+def _widens(stored: str, live: str) -> bool:
+    """Whether every value of one type is one of the other."""
+    return stored == live or bool(np.can_cast(lookup(stored, "").numpy, lookup(live, "").numpy, "safe"))
+
+
+def _shown(side: Side, name: str) -> str:
+    shape, dtype = side.tensors[name]
+    return f"{dtype}{list(shape)}"
+
+
+def _partners(plan: Plan) -> dict[str, str]:
+    """Layers of the target whose outputs can be compared -> those of the source."""
+    found: dict[str, set[str]] = {}
+    for pair in plan.pairs:
+        whole = bool(pair.source.part) == bool(pair.target.part) and pair.source.kind != BARE
+        plain = _activation(pair.source) == _activation(pair.target)
+        found.setdefault(pair.target.layer, set()).add(pair.source.layer if whole and plain else "")
+    return {layer: others.pop() for layer, others in found.items() if len(others) == 1 and others != {""}}
+
+
+def _activation(unit: Unit) -> Any:
+    return None if (name := unit.config.get("activation")) == "linear" or unit.kind == "rnn" else name
+
+
+def _alternatives(plan: Plan, comparison: Comparison) -> Iterator[Plan]:
+    """Other plans that the evidence leaves open, those first that change the layer where outputs diverge."""
+    where = comparison.first[0] if comparison.first else None
+    places = {pair.target.layer: pair.target.place for pair in plan.pairs}
+    limit = places.get(where, math.inf) if where is not None else math.inf
+    flattens = sorted(plan.flatten.items(), key=lambda item: item[0] != where)
+    for path, options in flattens:
+        now = next(pair.flatten for pair in plan.pairs if pair.target.path == path)
+        yield from (plans.flattened(plan, path, each) for each in options if each != now)
+    for each in plan.unsettled:
+        yield from (plans.repaired(plan, proposal, "") for proposal in each.proposals[1:] if proposal)
+    # Exchange one unit with each of its kind: what diverges first, then what ran before it, nearest first.
+    pairs = [pair for pair in plan.pairs if pair.evidence not in ("a rule", "the plan", "the only one that fits")]
+    near = [pair for pair in pairs if pair.target.place <= limit]
+    for pair in sorted(near, key=lambda pair: (pair.target.layer != where, -pair.target.place)):
+        for other in pairs:
+            if other is not pair and compatible(other.source, pair.target) and compatible(pair.source, other.target):
+                yield plans.repaired(plan, [(other.source, pair.target), (pair.source, other.target)], "")
