@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -13,12 +14,13 @@ from polyckpt.adapter import (
     ModelCapture,
     OptimizerCapture,
     Parts,
+    Recorder,
     Restore,
     StoredModel,
     StoredOptimizer,
     another_kind,
 )
-from polyckpt.adapters.torch import modules, optimizers, rng, tensors
+from polyckpt.adapters.torch import modules, optimizers, rng, tensors, tracing
 from polyckpt.checkpoint import StoredTensor
 from polyckpt.errors import UnsupportedError
 from polyckpt.leaves import Leaf
@@ -81,6 +83,11 @@ class TorchAdapter:
 
     def prepare_rng(self, tree: Any) -> Restore:
         return rng.prepare(tree)
+
+    def trace(
+        self, model: Any, arguments: tuple[Any, ...], recorder: Recorder, apply: Callable[..., Any] | None
+    ) -> Sequence[np.ndarray]:
+        return tracing.trace(model, arguments, recorder, apply)
 
     def leaf(self, value: Any) -> Leaf | Constant | None:
         if isinstance(value, torch.Tensor):

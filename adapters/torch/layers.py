@@ -131,7 +131,12 @@ _ROWS: dict[type[nn.Module], Row] = {
 
 def describe(model: nn.Module, rename: Callable[[str], str]) -> list[Layer]:
     """Every module that owns tensors, and every dropout, in definition order; `rename` makes names canonical."""
-    described: list[Layer] = []
+    return [layer for _, layer in described(model, rename)]
+
+
+def described(model: nn.Module, rename: Callable[[str], str]) -> list[tuple[nn.Module, Layer]]:
+    """The same with the module that each layer is: one for each depth and direction of a recurrent one."""
+    found: list[tuple[nn.Module, Layer]] = []
     taken: set[str] = set()
     stored = set(model.state_dict(keep_vars=True))
     for path, module in model.named_modules():
@@ -141,9 +146,9 @@ def describe(model: nn.Module, rename: Callable[[str], str]) -> list[Layer]:
             if f"{path}.{key}".lstrip(".") in stored and f"{path}.{key}".lstrip(".") not in taken
         }
         for layer, keys in _layers_of(module, rename(path), own):
-            described.append(_renamed(layer, rename))
+            found.append((module, _renamed(layer, rename)))
             taken.update(keys)
-    return described
+    return found
 
 
 def _own_keys(module: nn.Module) -> list[str]:
@@ -155,6 +160,12 @@ def _own_keys(module: nn.Module) -> list[str]:
     return keys
 
 
+def _tensor(module: nn.Module, key: str) -> torch.Tensor | None:
+    owner, _, name = key.rpartition(".")
+    owning = module.get_submodule(owner)
+    return owning._parameters[name] if name in owning._parameters else owning._buffers[name]
+
+
 def _layers_of(module: nn.Module, path: str, own: dict[str, str]) -> list[tuple[Layer, Sequence[str]]]:
     kind = f"{type(module).__module__}.{type(module).__qualname__}"
     if isinstance(module, nn.RNNBase) and _is_plain(module):
@@ -164,6 +175,8 @@ def _layers_of(module: nn.Module, path: str, own: dict[str, str]) -> list[tuple[
     row = _row(module)
     if isinstance(module, nn.modules.dropout._DropoutNd):
         return [(Layer(path=path, kind="dropout", type=kind, config={"rate": module.p}), [])]
+    if not own and any(_tensor(module, key) is not None for key in _own_keys(module)):
+        return []  # another layer's: the output projection of an attention
     if row is None:
         return [(_layer(path, CUSTOM, kind, {}, _custom_roles(module, own), own), list(own.values()))] if own else []
     known = row.roles(module)
@@ -211,7 +224,7 @@ def _recurrent_layers(module: nn.RNNBase, path: str, kind: str, own: dict[str, s
 def _custom_roles(module: nn.Module, own: dict[str, str]) -> dict[str, tuple[str, str]]:
     roles = {}
     for key in own:
-        tensor = module._parameters[key] if key in module._parameters else module._buffers[key]
+        tensor = _tensor(module, key)
         assert tensor is not None  # it stands in the state dict
         roles[key] = (key, " ".join(f"a{axis}" for axis in range(tensor.ndim)))
     return roles

@@ -30,7 +30,7 @@ def capture(model: Any) -> ModelCapture:
     """Describe a module or a container of tensors."""
     found = entries(model)
     weights = {name: tensors.leaf(entry.value, name) for name, entry in found.items() if _is_tensor(entry)}
-    described = layers.describe(model, _renamer(model)) if isinstance(model, nn.Module) else []
+    described = layers.describe(model, Renamer(model)) if isinstance(model, nn.Module) else []
     return ModelCapture(
         type=type_name(model),
         weights=weights,
@@ -45,7 +45,7 @@ def capture(model: Any) -> ModelCapture:
 def entries(model: Any) -> dict[str, Entry]:
     """All that a model's state consists of, by canonical name: its state-dict key without the segments of wrappers."""
     if isinstance(model, nn.Module):
-        rename = _renamer(model)
+        rename = Renamer(model)
         return {rename(key): Entry(key, value) for key, value in model.state_dict(keep_vars=True).items()}
     if isinstance(model, torch.Tensor):
         return {"": Entry("", model)}
@@ -67,7 +67,7 @@ def entries(model: Any) -> dict[str, Entry]:
 def parameters(model: Any) -> list[tuple[str, Any]]:
     """Trainable tensors by canonical name, tied ones under the first of their names."""
     if isinstance(model, nn.Module):
-        rename = _renamer(model)
+        rename = Renamer(model)
         return [(rename(key), parameter) for key, parameter in model.named_parameters()]
     return [(name, entry.value) for name, entry in entries(model).items() if _is_tensor(entry)]
 
@@ -194,14 +194,14 @@ def _native(model: Any, found: Mapping[str, Entry]) -> dict[str, Any]:
     others = {name: entry.value for name, entry in found.items() if not _is_tensor(entry)}
     if not isinstance(model, nn.Module):
         return {"others": others}
-    rename = _renamer(model)
+    rename = Renamer(model)
     # Modules read entries of older versions of their class differently; 1 is the version of nearly all.
     versions = {rename(key): module._version for key, module in model.named_modules() if module._version != 1}
     return {"others": others, "versions": versions}
 
 
 def _load_module(model: nn.Module, state: dict[str, Any], versions: Mapping[str, int]) -> None:
-    rename = _renamer(model)
+    rename = Renamer(model)
     # load_state_dict reads the versions of modules from this attribute of the dict.
     state_dict = model.state_dict().__class__(state)
     state_dict._metadata = {  # type: ignore[attr-defined]
@@ -218,7 +218,15 @@ def _wrappers() -> dict[type, str]:
     return found
 
 
-class _Renamer:
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module inside all wrappers, which computes what they do."""
+    wrappers = _wrappers()
+    while attribute := next((attribute for kind, attribute in wrappers.items() if isinstance(model, kind)), None):
+        model = getattr(model, attribute)
+    return model
+
+
+class Renamer:
     """Canonical names of a module's state-dict keys: segments that a wrapper adds are dropped, wherever it stands."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -237,10 +245,6 @@ class _Renamer:
         return ".".join(
             segment for index, segment in enumerate(segments) if ".".join(segments[: index + 1]) not in self._dropped
         )
-
-
-def _renamer(model: Any) -> _Renamer:
-    return _Renamer(model)
 
 
 def _is_tensor(entry: Entry) -> bool:

@@ -19,6 +19,14 @@ def capture() -> dict[str, Any]:
     return {"cpu": torch.get_rng_state(), **{name: module.get_rng_state_all() for name, module in _accelerators()}}
 
 
+def put_back(states: Mapping[str, Any]) -> None:
+    """Set what `capture` gave in this process."""
+    torch.set_rng_state(states["cpu"])
+    for name, module in _accelerators():
+        if name in states:
+            module.set_rng_state_all(states[name])
+
+
 def prepare(tree: Mapping[str, Any]) -> Restore:
     """Compare the devices there are with those whose states were saved."""
     accelerators = dict(_accelerators(restoring=True))

@@ -54,7 +54,12 @@ def leaf(tensor: torch.Tensor, what: str) -> Leaf:
 
 def mapped(stored: StoredTensor) -> torch.Tensor:
     """A stored tensor as a CPU tensor over the file's private map: to be copied from, not kept."""
-    return torch.from_numpy(stored.raw()).view(_DTYPES[stored.dtype]).reshape(stored.shape)
+    values = stored.numpy()
+    if any(stride < 0 for stride in values.strides):
+        values = np.ascontiguousarray(values)
+    if values.dtype.isbuiltin != 1:
+        values = values.view(f"i{values.itemsize}")  # torch knows the type, NumPy does not
+    return torch.from_numpy(values).view(_DTYPES[stored.dtype])
 
 
 def copied(stored: StoredTensor, kind: str = KIND) -> torch.Tensor:
