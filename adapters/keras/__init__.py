@@ -8,6 +8,7 @@ from importlib import import_module, metadata
 from typing import Any, ClassVar
 
 import keras
+import numpy as np
 
 from polyckpt import residue
 from polyckpt.adapter import (
@@ -15,12 +16,13 @@ from polyckpt.adapter import (
     ModelCapture,
     OptimizerCapture,
     Parts,
+    Recorder,
     Restore,
     StoredModel,
     StoredOptimizer,
     another_kind,
 )
-from polyckpt.adapters.keras import layers, optimizers, rng, variables
+from polyckpt.adapters.keras import layers, optimizers, rng, tracing, variables
 from polyckpt.checkpoint import StoredTensor
 from polyckpt.errors import Problem, UnsupportedError
 from polyckpt.leaves import Leaf
@@ -99,6 +101,13 @@ class KerasAdapter:
 
     def prepare_rng(self, tree: Any) -> Restore:
         return rng.prepare(tree)
+
+    def trace(
+        self, model: Any, arguments: tuple[Any, ...], recorder: Recorder, apply: Callable[..., Any] | None
+    ) -> Sequence[np.ndarray]:
+        if isinstance(model, keras.layers.Layer):
+            _check_built(model)
+        return tracing.trace(model, arguments, recorder, apply)
 
     def leaf(self, value: Any) -> Leaf | Constant | None:
         return variables.leaf(value, "a tensor") if isinstance(value, keras.Variable) or keras.ops.is_tensor(value) else None

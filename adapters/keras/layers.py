@@ -136,11 +136,16 @@ _ATTENTIONS = {"MultiHeadAttention": "num_heads", "GroupedQueryAttention": "num_
 
 def describe(model: Any, names: Mapping[str, Any]) -> list[Layer]:
     """Every layer that owns weights, and every dropout; `names` are the model's weights by canonical name."""
+    return [entry for _, entry in described(model, names)]
+
+
+def described(model: Any, names: Mapping[str, Any]) -> list[tuple[Any, Layer]]:
+    """The same with the layer of Keras that each is."""
     name_of = {id(variable): name for name, variable in names.items()}
     namer = variables.Namer(model)
-    described: list[Layer] = []
+    found: list[tuple[Any, Layer]] = []
     taken: set[int] = set()
-    for layer in [model, *variables.sublayers(model)]:
+    for layer in variables.with_sublayers(model):
         path = namer(layer.path or layer.name)
         roles = dict(_attention_roles(layer)) if type(layer).__name__ in _ATTENTIONS else {}
         if not _axes_agree(roles.values()):
@@ -154,9 +159,9 @@ def describe(model: Any, names: Mapping[str, Any]) -> list[Layer]:
             config = {"heads": getattr(layer, _ATTENTIONS[type(layer).__name__])}
             entry = Layer(path=path, kind="attention", type=type_name(layer), config=config, roles=attention)
         if own or entry.kind == "dropout":
-            described.append(entry)
+            found.append((layer, entry))
             taken |= {id(weight) for weight in own}
-    return described
+    return found
 
 
 def order(model: Any) -> Literal["execution", "definition"]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+import random
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
+import numpy as np
 from keras.src.backend.common import global_state
 from keras.src.random.seed_generator import GLOBAL_SEED_GENERATOR
 
@@ -47,6 +50,46 @@ def prepare(tree: Mapping[str, Any]) -> Restore:
             global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, generator)
 
     return Restore(apply=apply, problems=backend.problems if backend else (), tensors=residue.tensors(dict(tree)))
+
+
+@contextlib.contextmanager
+def kept() -> Iterator[None]:
+    """Put back every random state that a model may draw from beside its own: Python's, NumPy's, Keras's, the backend's."""
+    python, numpy = random.getstate(), np.random.get_state()
+    generator = global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)
+    seed = None if generator is None else np.array(keras.ops.convert_to_numpy(generator.state))
+    try:
+        with _KEPT.get(keras.backend.backend(), contextlib.nullcontext)():
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        if generator is not None:
+            generator.state.assign(seed)
+        global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, generator)
+
+
+def _kept_torch() -> contextlib.AbstractContextManager[None]:
+    import torch
+
+    return torch.random.fork_rng(range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ())  # type: ignore[no-untyped-call]
+
+
+@contextlib.contextmanager
+def _kept_tensorflow() -> Iterator[None]:
+    from tensorflow.python.ops import stateful_random_ops
+
+    generator = stateful_random_ops.global_generator
+    state = None if generator is None else np.array(generator.state)
+    try:
+        yield
+    finally:
+        if generator is not None:
+            generator.state.assign(state)
+        stateful_random_ops.global_generator = generator
+
+
+_KEPT: Mapping[str, Any] = {"torch": _kept_torch, "tensorflow": _kept_tensorflow}
 
 
 def capture_states(states: Sequence[Any]) -> list[Any]:

@@ -249,6 +249,11 @@ def sublayers(layer: Any) -> Iterator[Any]:
     yield from walk(layer)
 
 
+def with_sublayers(layer: Any) -> list[Any]:
+    """`layer` and every layer inside it."""
+    return [layer, *sublayers(layer)]
+
+
 def children(layer: Any) -> Sequence[Any]:
     """The layers directly inside `layer`."""
     own: Iterable[Any] = layer.layers if isinstance(layer, keras.Model) else layer._flatten_layers(False, False)
