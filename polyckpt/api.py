@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from polyckpt.errors import CorruptError, MismatchError, Problem
 from polyckpt.names import type_name
 from polyckpt.plans import Plan
 from polyckpt.scalars import Scalar, optional_number
+from polyckpt.sides import Flatten
 from polyckpt.storage import local
 
 
@@ -116,6 +117,7 @@ def load(
     cast: bool = False,
     probe_axes: str | Sequence[str | None] | None = None,
     tolerance: float | None = None,
+    accept: Collection[str] = (),
     apply: Callable[..., Any] | None = None,
 ) -> Restored:
     """Restore the checkpoint `path` into live objects, of the framework that wrote it or of another.
@@ -130,8 +132,8 @@ def load(
     the same. What cannot be told is refused. rules: path in the checkpoint -> path in the model, for what names do not say;
     `{name}` stands for any part of a path. plan: a Plan, or the file of one. cast: also round to narrower types. probe_axes:
     how the model wants the probe's axes ("b c h w -> b h w c"), by default read off both. tolerance: of the outputs, relative,
-    by default 1e-5 in float32. apply: how a model that is no function is called, as apply(model, batch). `report` in the
-    result says what became of each tensor.
+    by default 1e-5 in float32. accept: evidence that suffices where there is no probe: {"names and order"}. apply: how a model
+    that is no function is called, as apply(model, batch). `report` in the result says what became of each tensor.
 
     Everything is compared and verified before anything is written. Raises MismatchError, listing every entry that is
     missing, unexpected, of another shape or type; AmbiguityError and ParityError, which are kinds of it; PlanError;
@@ -147,6 +149,7 @@ def load(
         cast=cast,
         probe_axes=probe_axes,
         tolerance=tolerance,
+        accept=accept,
         apply=apply,
     )
     native = _decode_native(checkpoint)
@@ -273,7 +276,7 @@ def _is_foreign(checkpoint: Checkpoint, adapter: Adapter, model: Any) -> bool:
     return bool(names) and bool(checkpoint.weights.stored) and names.isdisjoint(checkpoint.weights.stored)
 
 
-def _pairs(plan: Plan | str | os.PathLike[str] | None) -> Sequence[tuple[str, str, plans.Flatten | None]]:
+def _pairs(plan: Plan | str | os.PathLike[str] | None) -> Sequence[tuple[str, str, Flatten | None]]:
     if plan is None:
         return ()
     if isinstance(plan, Plan):

@@ -6,9 +6,9 @@ else, what it held before is put back.
 
 from __future__ import annotations
 
-import contextlib
+import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -23,9 +23,11 @@ from polyckpt.dtypes import lookup
 from polyckpt.errors import AmbiguityError, MismatchError, ParityError, PlanError, Problem, UnsupportedError
 from polyckpt.layouts import aligned
 from polyckpt.leaves import Leaf
-from polyckpt.matching import compatible
+from polyckpt.matching import PROOFS, compatible
+from polyckpt.moves import Exactness, Loss, Move
 from polyckpt.parity import Comparison, Probe, Recording
-from polyckpt.plans import Exactness, Flatten, Loss, Move, Plan, Row, Side
+from polyckpt.plans import Plan, Row
+from polyckpt.sides import Flatten, Side
 from polyckpt.units import BARE, Unit
 
 _MAX_RUNS = 200
@@ -63,7 +65,21 @@ class Options:
     cast: bool = False
     probe_axes: str | Sequence[str | None] | None = None
     tolerance: float | None = None
+    accept: Collection[str] = ()
     apply: Callable[..., Any] | None = None
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A plan that was tried: what came of it, and the layers in the order in which they ran."""
+
+    comparison: Comparison
+    ran: tuple[str, ...]
+
+    @property
+    def agrees_up_to(self) -> float:
+        """How many calls of layers there were before the first divergence."""
+        return math.inf if self.comparison.first is None else self.ran.index(self.comparison.first[0])
 
 
 class Converted(StoredTensor):
@@ -243,50 +259,49 @@ class Conversion:
         """Load, run the probe and compare; where evidence did not settle the plan, what agrees does."""
         before = self._as_stored({name: Held(name, leaf) for name, leaf in self.captured.weights.items()})
         try:
-            plan, comparison, model = self._settled()
+            plan, trial = self._searched()
+            self._check_seen(plan, trial)
         except BaseException:
             self.adapter.prepare_model(self.model, before, rng=False).apply()
             raise
         self.plan = plans.proven(plan, "parity")
-        return model, self._report(comparison)
+        return self._applied(plan), self._report(trial.comparison)
 
-    def _settled(self) -> tuple[Plan, Comparison, Any]:
-        plan = self.plan
-        comparison, model = self._tried(plan)
-        best = comparison
-        runs = 1
-        while not comparison.agrees:
-            better = None
-            for candidate in _alternatives(plan, comparison):
-                if runs >= _MAX_RUNS:
-                    break
+    def _searched(self) -> tuple[Plan, _Trial]:
+        """A plan whose outputs agree: at each step the first change that moves the first divergence further back."""
+        plan, trial, runs = self.plan, self._tried(self.plan), 1
+        while not trial.comparison.agrees:
+            for candidate in itertools.islice(_alternatives(plan, trial.comparison), _MAX_RUNS - runs):
                 runs += 1
-                with contextlib.suppress(PlanError):
-                    tried, model = self._tried(candidate)
-                    if tried.agrees or self._further(tried, comparison):
-                        better = (candidate, tried)
-                        break
-            if better is None:
-                raise ParityError(self._diverged(best, runs))
-            plan, comparison = better
-            best = comparison
-        return plan, comparison, model
+                tried = self._tried(candidate)
+                if tried.comparison.agrees or tried.agrees_up_to > trial.agrees_up_to:
+                    plan, trial = candidate, tried
+                    break
+            else:
+                raise ParityError(self._diverged(plan, trial.comparison, runs))
+        return plan, trial
 
-    def _tried(self, plan: Plan) -> tuple[Comparison, Any]:
+    def _check_seen(self, plan: Plan, trial: _Trial) -> None:
+        """Refuse what the probe does not decide: layers that did not run, or whose exchange changes nothing."""
+        open_targets = {unit.path for each in plan.unsettled for unit in each.targets}
+        unseen = [pair for pair in plan.pairs if pair.target.path in open_targets and pair.target.layer not in trial.ran]
+        for pair, other in itertools.combinations(unseen, 2):
+            if compatible(pair.source, other.target) and compatible(other.source, pair.target):
+                exchanged = plans.repaired(plan, [(other.source, pair.target), (pair.source, other.target)], "")
+                if self._tried(exchanged).comparison.agrees:
+                    raise AmbiguityError(
+                        f"{self.checkpoint.path} -> {plan.target.label}: the outputs agree, but {pair.target.path} and "
+                        f"{other.target.path} have no part in them, so which of {pair.source.path} and {other.source.path} is "
+                        f"which cannot be told (nothing was loaded).\n{_HOW_TO_SETTLE}"
+                    )
+
+    def _tried(self, plan: Plan) -> _Trial:
         assert self.probe is not None
-        model = self._applied(plan)
-        found = parity.record(self.adapter, model, self.arguments, self.options.apply)
+        found = parity.record(self.adapter, self._applied(plan), self.arguments, self.options.apply)
         comparison = parity.compare_recordings(
             self.probe.recording, found, tolerance=self.options.tolerance, partners=_partners(plan)
         )
-        self._ran = {ran.path: place for place, ran in reversed(list(enumerate(found.layers)))}
-        return comparison, model
-
-    def _further(self, one: Comparison, other: Comparison) -> bool:
-        """Whether `one` diverges at a later layer."""
-        if one.first is None or other.first is None:
-            return one.first is None and other.first is not None
-        return self._ran.get(one.first[0], -1) > self._ran.get(other.first[0], -1)
+        return _Trial(comparison, tuple(ran.path for ran in found.layers))
 
     def _report(self, comparison: Comparison | None) -> Report:
         rows = self.plan.rows()
@@ -296,16 +311,16 @@ class Conversion:
             f"{self.plan.source.label} -> {self.plan.target.label}: {told or 'nothing'}", rows, self.plan.notes, comparison
         )
 
-    def _diverged(self, comparison: Comparison, runs: int) -> str:
+    def _diverged(self, plan: Plan, comparison: Comparison, runs: int) -> str:
         lines = [
             f"{self.checkpoint.path}: the converted model does not compute what the one that was saved did: {comparison}. "
             "The live model is as it was."
         ]
         if comparison.first is not None:
-            partner = _partners(self.plan).get(comparison.first[0], "")
+            partner = _partners(plan).get(comparison.first[0], "")
             lines.append(f"{comparison.first[0]} took the weights of {partner}; all compared layers that ran before it agree")
-        lines += [f"differs: {note}" for note in self.plan.notes]
-        lines += [f"not settled: {problem}" for problem in self.plan.problems()]
+        lines += [f"differs: {note}" for note in plan.notes]
+        lines += [f"not settled: {problem}" for problem in plan.problems()]
         if runs > 1:
             lines.append(f"{runs} ways to pair what is alike were tried, and none agrees")
         lines.append(
@@ -318,7 +333,8 @@ class Conversion:
 _HOW_TO_SETTLE = (
     "Any of these settles it: save the checkpoint with probe=<a small batch>, and the outputs of both models decide (a linen "
     "or Haiku tree needs apply= too); pass rules={'path in the checkpoint': 'path in the model'}, where {name} stands for any "
-    "part of a path; or polyckpt.plan(...).save('plan.json'), edit that file, and pass plan='plan.json'"
+    "part of a path; polyckpt.plan(...).save('plan.json'), edit that file, and pass plan='plan.json'; or, where names and "
+    "order agree and that is enough for you, pass accept={'names and order'}"
 )
 
 
@@ -359,7 +375,7 @@ def prepare(checkpoint: Checkpoint, probe: Probe | None, adapter: Adapter, model
                 ran=[ran.path for ran in first.layers],
                 flattened=first.flattened_into,
             )
-    plan = plans.make(source, target, rules=options.rules, pairs=options.pairs)
+    plan = plans.make(source, target, rules=options.rules, pairs=options.pairs, accept=options.accept)
     return Conversion(checkpoint, adapter, model, options, captured, aliases, probe, arguments, plan)
 
 
@@ -456,7 +472,7 @@ def _alternatives(plan: Plan, comparison: Comparison) -> Iterator[Plan]:
     for each in plan.unsettled:
         yield from (plans.repaired(plan, proposal, "") for proposal in each.proposals[1:] if proposal)
     # Exchange one unit with each of its kind: what diverges first, then what ran before it, nearest first.
-    pairs = [pair for pair in plan.pairs if pair.evidence not in ("a rule", "the plan", "the only one that fits")]
+    pairs = [pair for pair in plan.pairs if pair.evidence not in PROOFS]
     near = [pair for pair in pairs if pair.target.place <= limit]
     for pair in sorted(near, key=lambda pair: (pair.target.layer != where, -pair.target.place)):
         for other in pairs:

@@ -8,8 +8,9 @@ views. An axis that one side holds merged, "(head hd)", and the other whole, "ou
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -53,16 +54,21 @@ class Piece:
             index.append(slice(*picked) if isinstance(picked, tuple) else picked)
         left = [axis for axis, place in zip(names, index, strict=True) if isinstance(place, slice)]
         wanted = [axis for group in self.order for axis in group]
-        view = split[tuple(index)].transpose([left.index(axis) for axis in wanted])
-        return view[tuple(slice(None, None, -1) if axis in self.flip else slice(None) for axis in wanted)]
+        view = split[(*index, ...)].transpose([left.index(axis) for axis in wanted])
+        turned: np.ndarray = view[self._flips(wanted)]
+        return turned
 
     def whole(self, value: np.ndarray) -> np.ndarray:
         """The tensor whose view is `value`, for a piece that is all of it. Copies only where axes must be merged."""
         names = [axis for group in self.axes for axis in group if axis not in self.pick and axis != "1"]
         wanted = [axis for group in self.order for axis in group]
-        value = value[tuple(slice(None, None, -1) if axis in self.flip else slice(None) for axis in wanted)]
+        value = value[self._flips(wanted)]
         sizes = [math.prod(1 if axis == "1" else self.sizes[axis] for axis in group) for group in self.axes]
         return value.transpose([wanted.index(axis) for axis in names]).reshape(sizes)
+
+    def _flips(self, axes: Sequence[str]) -> Any:
+        """An index that turns what runs backwards; with "..." it gives an array even where there are no axes."""
+        return (*(slice(None, None, -1) if axis in self.flip else slice(None) for axis in axes), ...)
 
     def _size(self, axis: str) -> int:
         picked = self.pick.get(axis)

@@ -2,9 +2,8 @@
 
 Kind, part and canonical shapes are hard constraints: what they allow falls into classes, and within a class of more than one
 pair something has to tell twins apart. Two kinds of evidence can: names (tokens of paths, rare ones weighing more, synonyms;
-numbers by their rank, since one port counts blocks from 0 and another from 2) and order (of execution or of definition). A
-class is settled where both agree, or where the orders of execution do and names say nothing against it. All else is a
-proposal, to be settled by a rule or by numbers.
+numbers by their rank, since one port counts blocks from 0 and another from 2) and order (of execution or of definition). What
+both say is likely, what they disagree on is open; what settles it is a rule, or numbers.
 """
 
 from __future__ import annotations
@@ -62,11 +61,19 @@ _SYNONYMS = {
 }
 
 
+PROOFS = frozenset({"a rule", "the plan", "parity", "the only one that fits", "nothing to pair"})
+"""Evidence that needs no other. Names and order may lie together: two layers may have changed their places and their names."""
+
+AGREED = "names and order"
+"""Evidence that is likely and no proof."""
+
+
 @dataclass(frozen=True)
 class Class:
-    """Units that the constraints cannot tell apart. proposals: pairings, the likeliest first. why: what is not settled.
+    """Units that the constraints cannot tell apart.
 
-    evidence: what settled it, "" where nothing did.
+    proposals: pairings, the likeliest first. evidence: what speaks for the first, "" where nothing does. why: what speaks
+    against it.
     """
 
     sources: tuple[Unit, ...]
@@ -74,11 +81,6 @@ class Class:
     proposals: tuple[Pairing, ...]
     evidence: str
     why: str = ""
-
-    @property
-    def settled(self) -> bool:
-        """Whether the first proposal can be relied on."""
-        return bool(self.evidence)
 
 
 def classes(
@@ -196,19 +198,16 @@ def _class(
         )
     may = np.array([[(a.path, b.path) in edges for b in targets] for a in sources])
     named, unclear = _by_name(sources, targets, may, similarity)
+    executed = orders == ("execution", "execution")
     ordered = _by_order(sources, targets, may) if "name" not in orders and len(sources) == len(targets) else None
     members = (tuple(component[0]), tuple(component[1]))
     if ordered is None:
         return Class(*members, (named,), "", "only names tell them apart" if not unclear else "names do not tell them apart")
-    executed = orders == ("execution", "execution")
-    if named == ordered and (not unclear or executed):
-        return Class(*members, (named,), "names and order" if not unclear else "order of execution")
-    if set(named) - set(ordered) <= set(unclear) and executed:
-        return Class(*members, (ordered,), "order of execution")
-    proposals = (ordered, named) if executed else (named, ordered)
+    if named == ordered and not unclear:
+        return Class(*members, (named,), AGREED, "names and order agree, which is likely and no proof")
     if named == ordered:
-        return Class(*members, (named,), "", "only the order of definition tells them apart")
-    return Class(*members, proposals, "", "names and order disagree")
+        return Class(*members, (named,), "", "only their order tells them apart")
+    return Class(*members, (ordered, named) if executed else (named, ordered), "", "names and order disagree")
 
 
 def _without_spare(sources: list[Unit], targets: list[Unit], extra: set[str]) -> tuple[list[Unit], list[Unit]]:

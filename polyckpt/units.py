@@ -22,7 +22,7 @@ BARE = "bare"
 Roles = Mapping[str, tuple[str, str]]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Unit:
     """One part of a model that is paired as a whole.
 
@@ -297,3 +297,9 @@ def _only_gate(layer: Layer, role: str, gates: Sequence[str]) -> str:
 
 def _picked(entry: Role, order: Axes, sizes: Mapping[str, int], pick: Mapping[str, Any]) -> Piece:
     return Piece(entry.tensor, tuple(layers.axes(entry.axes)), sizes, order, pick=pick)
+
+
+def listed(found: Sequence[Unit], limit: int = 12) -> str:
+    """Paths for people."""
+    more = f", ... ({len(found) - limit} more)" if len(found) > limit else ""
+    return (", ".join(unit.path or "(the whole)" for unit in found[:limit]) or "none") + more

@@ -1,0 +1,97 @@
+"""What it takes to turn one unit into another: which pieces are copied, added up, made up or lost."""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+from polyckpt.layouts import Piece
+from polyckpt.units import OPTIONAL, Unit
+
+
+class Exactness(enum.StrEnum):
+    """What happens to a tensor on its way.
+
+    EXACT: every bit of every number arrives, in another layout or a wider type at most. FOLDED: numbers were added up, so that
+    outputs agree but training may go on differently. DEFAULT: the checkpoint has none, and the value that stands for none was
+    taken. DROPPED: the model has no place for it. APPROXIMATE: rounded to a narrower type.
+    """
+
+    EXACT = "exact"
+    HYPERPARAMETER = "exact with changed hyperparameter"
+    FOLDED = "folded"
+    DEFAULT = "default"
+    DROPPED = "dropped"
+    APPROXIMATE = "approximate"
+
+
+@dataclass(frozen=True)
+class Move:
+    """What a piece of a live tensor becomes: the sum of `sources`, times `sign`, and a constant; OPTIONAL's value for none."""
+
+    target: Piece
+    sources: tuple[Piece, ...]
+    constant: float = 0.0
+    sign: int = 1
+
+    @property
+    def exactness(self) -> Exactness:
+        """FOLDED where numbers are added up."""
+        if not self.sources:
+            return Exactness.DEFAULT
+        return Exactness.FOLDED if len(self.sources) > 1 or self.constant else Exactness.EXACT
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A piece that the target has no place for; nothing is lost where all of it is `value`."""
+
+    piece: Piece
+    value: float | None
+
+
+def moves_of(source: Unit, target: Unit) -> tuple[list[Move], list[Loss]]:
+    """The moves that make `target` of `source`, and what of `source` has no place there."""
+    if source.kind in ("lstm", "gru", "rnn"):
+        return _recurrent_moves(source, target)
+    moves = [
+        Move(piece, (source.pieces[role],)) if role in source.pieces else Move(piece, (), OPTIONAL[role])
+        for role, piece in target.pieces.items()
+    ]
+    # How many batches were seen shapes nothing unless running averages are cumulative.
+    lost = [
+        Loss(piece, None if role == "count" else OPTIONAL[role])
+        for role, piece in source.pieces.items()
+        if role not in target.pieces
+    ]
+    return moves, [loss for loss in lost if loss.value is not None]
+
+
+def _recurrent_moves(source: Unit, target: Unit) -> tuple[list[Move], list[Loss]]:
+    """Kernels gate by gate; of several biases of a gate only the sum means anything, but in a GRU that resets afterwards."""
+    moves: list[Move] = []
+    losses: list[Loss] = []
+    # A gate that keeps what another cell's renews has the opposite sign inside the sigmoid.
+    opposite = source.config.get("update_gate", "keep") != target.config.get("update_gate", "keep")
+    shift = float(source.config.get("forget_bias", 0.0)) - float(target.config.get("forget_bias", 0.0))
+    gates = list(dict.fromkeys(role.partition(":")[2] for role in (*source.pieces, *target.pieces)))
+    for role, piece in target.pieces.items():
+        if "bias" not in role:
+            moves.append(Move(piece, (source.pieces[role],), sign=-1 if opposite and role.endswith(":z") else 1))
+    for gate in filter(None, gates):
+        roles = [f"{kind}:{gate}" for kind in ("bias", "input_bias", "recurrent_bias")]
+        ours = {role: source.pieces[role] for role in roles if role in source.pieces}
+        theirs = {role: target.pieces[role] for role in roles if role in target.pieces}
+        sign = -1 if opposite and gate == "z" else 1
+        constant = shift if gate == "f" else 0.0
+        apart = source.kind == "gru" and gate == "n" and source.config.get("reset_after") is True
+        if apart or (ours.keys() == theirs.keys() and not constant):
+            moves += [Move(piece, (ours[role],) if role in ours else (), sign=sign) for role, piece in theirs.items()]
+            losses += [Loss(piece, 0.0) for role, piece in ours.items() if role not in theirs]
+        elif theirs:
+            first, *rest = theirs.values()
+            moves.append(Move(first, tuple(ours.values()), constant, sign))
+            moves += [Move(piece, ()) for piece in rest]
+        else:
+            losses += [Loss(piece, -constant) for piece in ours.values()]
+    return moves, losses

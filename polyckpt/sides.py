@@ -1,0 +1,160 @@
+"""A model as a plan sees it, and what was flattened into its linear layers.
+
+A linear layer that reads a flattened image or sequence has its inputs in the order of the flattened axes. Where one side has
+the channels first and the other last, those inputs change their order; where both models turn their axes alike, they do not.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from polyckpt import schema
+from polyckpt.matching import Order
+from polyckpt.units import BARE, Unit, units
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model as a plan sees it. label: what to call it. tensors: name -> (shape, dtype), tied names included.
+
+    aliases: tied names -> the name of the same tensor. flattened: linear layer -> shape of what was flattened into it.
+    """
+
+    label: str
+    units: Sequence[Unit]
+    order: Order
+    tensors: Mapping[str, tuple[tuple[int, ...], str]]
+    aliases: Mapping[str, str] = field(default_factory=dict)
+    flattened: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+
+    @classmethod
+    def of(
+        cls,
+        label: str,
+        layers: Sequence[schema.Layer],
+        order: Order,
+        tensors: Mapping[str, tuple[tuple[int, ...], str]],
+        aliases: Mapping[str, str],
+        *,
+        ran: Sequence[str] = (),
+        flattened: Mapping[str, tuple[int, ...]] | None = None,
+    ) -> Side:
+        """The side of a described model. ran: paths of its layers in the order in which they were seen to run, if they were."""
+        found = units(layers, {name: shape for name, (shape, _) in tensors.items()}, aliases)
+        if ran:
+            found, complete = _executed(found, ran)
+            order = "execution" if complete else order
+        return cls(label, found, order, tensors, aliases, flattened or {})
+
+    @property
+    def channels(self) -> str | None:
+        """Where the channels lie in what its convolutions read, where all agree."""
+        told = {str(unit.config["channels"]) for unit in self.units if "channels" in unit.config}
+        return told.pop() if len(told) == 1 else None
+
+    @property
+    def tied(self) -> list[Unit]:
+        """Units that hold nothing but tensors of others."""
+        return [unit for unit in self.units if unit.tensors <= self.aliases.keys()]
+
+
+@dataclass(frozen=True)
+class Flatten:
+    """The inputs of a linear layer are those of a tensor of `shape`, whose axes the other side has in `order`."""
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"inputs {list(self.shape)} flattened as {[self.shape[axis] for axis in self.order]}"
+
+
+def flattenings(source: Unit, target: Unit, ours: Side, theirs: Side) -> tuple[Flatten | None, ...]:
+    """What the inputs of a linear unit may be, the likeliest first."""
+    if source.kind != "linear" or source.part or ours.channels is None or theirs.channels in (None, ours.channels):
+        return (None,)
+    inputs = source.pieces["kernel"].shape[0]
+    here, there = ours.flattened.get(source.layer), theirs.flattened.get(target.layer)
+    if here is not None and there is not None and math.prod(here) == inputs == math.prod(there):
+        return _between(here, there, ours.channels)
+    known = here if here is not None and math.prod(here) == inputs else None
+    if known is None and there is not None and math.prod(there) == inputs:
+        known = _moved_shape(there, theirs.channels or "last")
+    if known is not None:
+        return _distinct((_moved(known, ours.channels), None))
+    before = [unit for unit in ours.units if unit.place < source.place]
+    made = {_features(unit) for unit in before}
+    if inputs in made or not any(unit.kind in ("conv", "conv_transpose") for unit in before):
+        return (None,)
+    channels = [_features(unit) for unit in reversed(before) if unit.kind in ("conv", "conv_transpose")]
+    fitting = [count for count in dict.fromkeys(channels) if count and inputs % count == 0]
+    shapes = [(count, inputs // count) if ours.channels == "first" else (inputs // count, count) for count in fitting]
+    return _distinct((*(_moved(shape, ours.channels) for shape in shapes), None))
+
+
+def _between(here: tuple[int, ...], there: tuple[int, ...], channels: str) -> tuple[Flatten | None, ...]:
+    """From one seen shape to another."""
+    moved = _moved(here, channels)
+    shape = tuple(here[axis] for axis in moved.order)
+    if shape == there and here != there:
+        return (moved,)
+    return (None,) if shape != there else _distinct((moved, None))
+
+
+def _moved(shape: tuple[int, ...], channels: str) -> Flatten:
+    """The channels, which lie first or last, on the other end."""
+    axes = tuple(range(len(shape)))
+    return Flatten(shape, (*axes[1:], 0) if channels == "first" else (axes[-1], *axes[:-1]))
+
+
+def _moved_shape(shape: tuple[int, ...], channels: str) -> tuple[int, ...]:
+    return tuple(shape[axis] for axis in _moved(shape, channels).order)
+
+
+def _distinct(options: tuple[Flatten | None, ...]) -> tuple[Flatten | None, ...]:
+    """Without flattenings that change nothing."""
+    real = [each for each in options if each is not None and sum(size > 1 for size in each.shape) > 1]
+    return (*real, None)
+
+
+def _features(unit: Unit) -> int:
+    """How many features a unit makes, 0 where that is not plain."""
+    if unit.kind in ("linear", "conv", "conv_transpose"):
+        kernel = unit.pieces.get("kernel")
+        return 0 if kernel is None else kernel.shape[0 if unit.kind == "conv" else 1]
+    if unit.kind == "embedding":
+        return unit.pieces["embedding"].shape[1]
+    if unit.kind in ("lstm", "gru", "rnn"):
+        return next(piece.shape[-1] for role, piece in unit.pieces.items() if role.startswith("recurrent_kernel"))
+    return 0
+
+
+def unflattened(source: Unit, flatten: Flatten | None) -> Unit:
+    """The source with its inputs in the order that the target has."""
+    if flatten is None:
+        return source
+    kernel = source.pieces["kernel"]
+    names = tuple(f"f{axis}" for axis in range(len(flatten.shape)))
+    (inputs,) = kernel.order[0]
+    changed = replace(
+        kernel,
+        axes=tuple(tuple(each for axis in group for each in (names if axis == inputs else (axis,))) for group in kernel.axes),
+        sizes={**kernel.sizes, **dict(zip(names, flatten.shape, strict=True))},
+        order=(tuple(names[axis] for axis in flatten.order), *kernel.order[1:]),
+    )
+    return replace(source, pieces={**source.pieces, "kernel": changed})
+
+
+def _executed(found: Sequence[Unit], ran: Sequence[str]) -> tuple[list[Unit], bool]:
+    """Units in the order in which their layers first ran, and whether all were seen to; else they stay as they are."""
+    first: dict[str, int] = {}
+    for place, path in enumerate(ran):
+        first.setdefault(path, place)
+    seen = [unit.kind == BARE or unit.layer in first for unit in found]
+    if not all(seen):
+        return list(found), False
+    bare = [unit for unit in found if unit.kind == BARE]
+    rest = sorted((unit for unit in found if unit.kind != BARE), key=lambda unit: (first[unit.layer], unit.place))
+    return [replace(unit, place=place) for place, unit in enumerate([*rest, *bare])], True
