@@ -108,7 +108,8 @@ def _hooked(described: Sequence[tuple[nn.Module, Layer]], recorder: Recorder) ->
     """Hooks that tell the recorder of every call of a described module."""
     by_module: dict[nn.Module, list[Layer]] = {}
     for module, layer in described:
-        by_module.setdefault(module, []).append(layer)
+        if not isinstance(module, torch.jit.ScriptModule):  # those run by themselves and have no hooks
+            by_module.setdefault(module, []).append(layer)
     marks = _Marks()
     with contextlib.ExitStack() as stack:
         for module, found in by_module.items():

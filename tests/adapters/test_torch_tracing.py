@@ -283,3 +283,12 @@ def test_apply_says_how_the_model_is_called() -> None:
     model = Net()
     (output,), log = traced(model, {"x": values(7, 4)}, apply=lambda net, batch: net(batch["x"], y=batch["x"]))
     assert np.array_equal(output, reference(model, values(7, 4), values(7, 4))) and "head" in log.paths
+
+
+def test_a_scripted_module_tells_its_outputs_alone() -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Dropout(0.5))
+    x = values(5, 3)
+    scripted = torch.jit.script(model)
+    (output,), log = traced(scripted, x)
+    assert not log.outputs and scripted.training and scripted[1].training
+    assert np.allclose(output, reference(model, x), atol=1e-6)
