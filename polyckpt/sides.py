@@ -73,34 +73,39 @@ class Flatten:
 
 def flattenings(source: Unit, target: Unit, ours: Side, theirs: Side) -> tuple[Flatten | None, ...]:
     """What the inputs of a linear unit may be, the likeliest first."""
-    if source.kind != "linear" or source.part or ours.channels is None or theirs.channels in (None, ours.channels):
+    if source.kind != "linear" or source.part:
         return (None,)
     inputs = source.pieces["kernel"].shape[0]
-    here, there = ours.flattened.get(source.layer), theirs.flattened.get(target.layer)
-    if here is not None and there is not None and math.prod(here) == inputs == math.prod(there):
-        return _between(here, there, ours.channels)
-    known = here if here is not None and math.prod(here) == inputs else None
-    if known is None and there is not None and math.prod(there) == inputs:
-        known = _moved_shape(there, theirs.channels or "last")
-    if known is not None:
-        return _distinct((_moved(known, ours.channels), None))
-    before = [unit for unit in ours.units if unit.place < source.place]
-    made = {_features(unit) for unit in before}
-    if inputs in made or not any(unit.kind in ("conv", "conv_transpose") for unit in before):
+    here, there = (side.flattened.get(unit.layer) for side, unit in ((ours, source), (theirs, target)))
+    here, there = (shape if shape and math.prod(shape) == inputs else None for shape in (here, there))
+    turned = None not in (ours.channels, theirs.channels) and ours.channels != theirs.channels
+    if here is not None and there is not None:
+        return _between(here, there, ours.channels if turned else None)
+    if not turned:
         return (None,)
+    assert ours.channels is not None and theirs.channels is not None
+    if here is not None:
+        return _distinct((_moved(here, ours.channels), None))
+    if there is not None:
+        back = _moved(there, theirs.channels)
+        return _distinct((_moved(tuple(there[axis] for axis in back.order), ours.channels), None))
+    before = [unit for unit in ours.units if unit.place < source.place]
     channels = [_features(unit) for unit in reversed(before) if unit.kind in ("conv", "conv_transpose")]
+    if inputs in {_features(unit) for unit in before}:
+        return (None,)
     fitting = [count for count in dict.fromkeys(channels) if count and inputs % count == 0]
     shapes = [(count, inputs // count) if ours.channels == "first" else (inputs // count, count) for count in fitting]
     return _distinct((*(_moved(shape, ours.channels) for shape in shapes), None))
 
 
-def _between(here: tuple[int, ...], there: tuple[int, ...], channels: str) -> tuple[Flatten | None, ...]:
-    """From one seen shape to another."""
-    moved = _moved(here, channels)
-    shape = tuple(here[axis] for axis in moved.order)
-    if shape == there and here != there:
-        return (moved,)
-    return (None,) if shape != there else _distinct((moved, None))
+def _between(here: tuple[int, ...], there: tuple[int, ...], channels: str | None) -> tuple[Flatten | None, ...]:
+    """From one seen shape to another. channels: where they lie here, None where both sides have them at the same end."""
+    if channels is None and here == there:
+        return (None,)
+    ends = ("first", "last") if channels is None else (channels,)
+    moved = [each for each in (_moved(here, end) for end in ends) if tuple(here[axis] for axis in each.order) == there]
+    # Where all sizes are equal, shapes do not say whether the axes were turned.
+    return _distinct((*moved, *([None] if here == there or not moved else [])))
 
 
 def _moved(shape: tuple[int, ...], channels: str) -> Flatten:
@@ -109,14 +114,10 @@ def _moved(shape: tuple[int, ...], channels: str) -> Flatten:
     return Flatten(shape, (*axes[1:], 0) if channels == "first" else (axes[-1], *axes[:-1]))
 
 
-def _moved_shape(shape: tuple[int, ...], channels: str) -> tuple[int, ...]:
-    return tuple(shape[axis] for axis in _moved(shape, channels).order)
-
-
-def _distinct(options: tuple[Flatten | None, ...]) -> tuple[Flatten | None, ...]:
-    """Without flattenings that change nothing."""
-    real = [each for each in options if each is not None and sum(size > 1 for size in each.shape) > 1]
-    return (*real, None)
+def _distinct(options: Sequence[Flatten | None]) -> tuple[Flatten | None, ...]:
+    """Each once, those that change nothing as None."""
+    real = (each if each is not None and sum(size > 1 for size in each.shape) > 1 else None for each in options)
+    return tuple(dict.fromkeys(real))
 
 
 def _features(unit: Unit) -> int:
