@@ -90,6 +90,9 @@ KINDS: dict[str, dict[str, frozenset[str]]] = {
 
 CUSTOM = "custom"
 
+RECURRENT = frozenset({"lstm", "gru", "rnn"})
+"""Kinds that may hold a role once per gate, as "<role>:<gate>" without the axis `gate`."""
+
 _TOKEN = re.compile(r"\(([a-z0-9_ ]+)\)|([a-z0-9_]+)")
 
 
@@ -110,7 +113,7 @@ def problems(layer: Layer, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
         yield f"{layer.path}: kind {layer.kind!r} is not in the table"
         return
     for role, entry in layer.roles.items():
-        allowed = KINDS[layer.kind].get(role)
+        allowed = _allowed(layer.kind, role)
         if allowed is None:
             yield f"{layer.path}: a {layer.kind} has no role {role!r}"
             continue
@@ -120,3 +123,11 @@ def problems(layer: Layer, shapes: dict[str, tuple[int, ...]]) -> Iterator[str]:
             yield f"{layer.path}: {role}: a {layer.kind} has no axis {', '.join(sorted(unknown))}"
         if len(named) != len(shapes[entry.tensor]):
             yield f"{layer.path}: {role}: {entry.axes!r} does not name the axes of shape {list(shapes[entry.tensor])}"
+
+
+def _allowed(kind: str, role: str) -> frozenset[str] | None:
+    """The axes that a role may have, None for a role that the kind does not have."""
+    base, _, gate = role.partition(":")
+    if not gate:
+        return KINDS[kind].get(role)
+    return KINDS[kind][base] - {"gate"} if kind in RECURRENT and base in KINDS[kind] else None

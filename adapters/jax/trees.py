@@ -48,6 +48,12 @@ def is_graph(value: Any) -> bool:
     return (module := nnx()) is not None and isinstance(value, module.Pytree)
 
 
+def is_state(value: Any) -> bool:
+    """Whether `value` is a State of Equinox: what the stateful layers of a model keep, beside the model."""
+    module = sys.modules.get("equinox")
+    return module is not None and isinstance(value, module.nn.State)
+
+
 def is_random(entry: Entry) -> bool:
     """Whether a leaf is a random state of an nnx module."""
     return entry.variable is not None and issubclass(entry.variable, nnx().RngState)
