@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -34,8 +35,9 @@ def _spatial(layer: Any) -> str:
     return " ".join(f"k{axis}" for axis in range(1, len(layer.kernel_size) + 1))
 
 
-def _groups(layer: Any) -> dict[str, Any]:
-    return {"groups": layer.groups}
+def _convolution(layer: Any) -> dict[str, Any]:
+    groups = {"groups": layer.groups} if hasattr(layer, "groups") else {}
+    return {**groups, "channels": layer.data_format.removeprefix("channels_")}
 
 
 def _normalised(layer: Any) -> str:
@@ -74,12 +76,16 @@ _RUNNING = {
     "moving_variance": ("variance", "c"),
 }
 
-_CONV = Row("conv", lambda layer: {"kernel": ("kernel", f"{_spatial(layer)} in out"), "bias": ("bias", "out")}, _groups)
+_CONV = Row("conv", lambda layer: {"kernel": ("kernel", f"{_spatial(layer)} in out"), "bias": ("bias", "out")}, _convolution)
 _CONV_TRANSPOSE = Row(
-    "conv_transpose", lambda layer: {"kernel": ("kernel", f"{_spatial(layer)} out in"), "bias": ("bias", "out")}
+    "conv_transpose",
+    lambda layer: {"kernel": ("kernel", f"{_spatial(layer)} out in"), "bias": ("bias", "out")},
+    _convolution,
 )
 _DEPTHWISE = Row(
-    "depthwise_conv", lambda layer: {"kernel": ("kernel", f"{_spatial(layer)} in mult"), "bias": ("bias", "(in mult)")}
+    "depthwise_conv",
+    lambda layer: {"kernel": ("kernel", f"{_spatial(layer)} in mult"), "bias": ("bias", "(in mult)")},
+    _convolution,
 )
 _SEPARABLE = Row(
     "separable_conv",
@@ -88,6 +94,7 @@ _SEPARABLE = Row(
         "pointwise_kernel": ("pointwise_kernel", f"{_spatial(layer)} (in mult) out"),
         "bias": ("bias", "out"),
     },
+    _convolution,
 )
 
 _ROWS: dict[str, Row] = {
@@ -102,12 +109,12 @@ _ROWS: dict[str, Row] = {
         # Keras's momentum is the share of the old value.
         lambda layer: {"epsilon": layer.epsilon, "momentum": layer.momentum, "momentum_is": "share of the old"},
     ),
-    "LayerNormalization": Row(
-        "layer_norm", _norm_roles, lambda layer: {**_epsilon(layer), "rms": getattr(layer, "rms_scaling", False)}
-    ),
+    "LayerNormalization": Row("layer_norm", _norm_roles, _epsilon),
     "RMSNormalization": Row("rms_norm", _norm_roles, _epsilon),
     "GroupNormalization": Row(
-        "group_norm", _fixed(gamma=("scale", "c"), beta=("offset", "c")), lambda layer: {**_epsilon(layer), **_groups(layer)}
+        "group_norm",
+        _fixed(gamma=("scale", "c"), beta=("offset", "c")),
+        lambda layer: {**_epsilon(layer), "groups": layer.groups},
     ),
     "Embedding": Row("embedding", _fixed(embeddings=("embedding", "vocab dim"))),
     "ReversibleEmbedding": Row(
@@ -130,6 +137,16 @@ _ROWS: dict[str, Row] = {
     "Dropout": Row("dropout", _fixed(), lambda layer: {"rate": layer.rate}),
 }
 
+_OF_ANY_CALL = frozenset(
+    {
+        *("linear", "conv", "conv_transpose", "depthwise_conv", "separable_conv", "embedding"),
+        *("batch_norm", "layer_norm", "rms_norm", "group_norm"),
+    }
+)
+"""Kinds whose tensors have the axes of the row in a subclass with a call of its own too, one that pads in its own way."""
+
+_RECURRENT = frozenset({"lstm", "gru", "rnn"})
+
 _PROJECTIONS = ("query", "key", "value")
 _ATTENTIONS = {"MultiHeadAttention": "num_heads", "GroupedQueryAttention": "num_query_heads"}
 
@@ -145,18 +162,27 @@ def described(model: Any, names: Mapping[str, Any]) -> list[tuple[Any, Layer]]:
     namer = variables.Namer(model)
     found: list[tuple[Any, Layer]] = []
     taken: set[int] = set()
-    for layer in variables.with_sublayers(model):
+    everything = variables.with_sublayers(model)
+    directions = {
+        id(cell): "backward" if layer.go_backwards else "forward"
+        for layer in everything
+        if isinstance(layer, keras.layers.RNN)
+        for cell in cells(layer)
+    }
+    for layer in everything:
         path = namer(layer.path or layer.name)
         roles = dict(_attention_roles(layer)) if type(layer).__name__ in _ATTENTIONS else {}
         if not _axes_agree(roles.values()):
             below = {id(weight) for child in variables.children(layer) for weight in child.weights}
             own = [weight for weight in layer.weights if id(weight) not in below | taken]
             own += [buffer for _, buffer in variables.buffers(layer)]
-            entry = _layer(layer, path, own, name_of)
+            entry = _layer(layer, path, own, name_of, directions.get(id(layer)))
         else:
             own = [weight for weight, _, _ in roles.values()]
             attention = {role: Role(tensor=name_of[id(weight)], axes=axes) for role, (weight, role, axes) in roles.items()}
             config = {"heads": getattr(layer, _ATTENTIONS[type(layer).__name__])}
+            if hasattr(layer, "num_key_value_heads"):
+                config["key_heads"] = layer.num_key_value_heads
             entry = Layer(path=path, kind="attention", type=type_name(layer), config=config, roles=attention)
         if own or entry.kind == "dropout":
             found.append((layer, entry))
@@ -165,15 +191,35 @@ def described(model: Any, names: Mapping[str, Any]) -> list[tuple[Any, Layer]]:
 
 
 def order(model: Any) -> Literal["execution", "definition"]:
-    """`execution` where a graph says in what order layers run, `definition` where only the code does."""
-    return "execution" if isinstance(model, keras.Sequential) or hasattr(model, "operations") else "definition"
+    """`execution` where graphs say in what order layers run, `definition` where only the code does, of one layer or of all."""
+    graphs = isinstance(model, keras.Sequential) or hasattr(model, "operations")
+    return (
+        "execution" if graphs and not any(map(_runs_in_an_order_of_its_own, variables.with_sublayers(model))) else "definition"
+    )
 
 
-def _layer(layer: Any, path: str, own: list[Any], name_of: Mapping[int, str]) -> Layer:
-    row = _ROWS.get(type(layer).__name__) if type(layer).__module__.startswith("keras.") else None
+def _runs_in_an_order_of_its_own(layer: Any) -> bool:
+    inside = variables.children(layer)
+    if not inside or type(layer).call.__module__.startswith("keras."):
+        return False
+    below = {id(weight) for child in inside for weight in child.weights}
+    return len(inside) > 1 or any(id(weight) not in below for weight in layer.weights)
+
+
+def cells(recurrent: Any) -> list[Any]:
+    """The cells of a recurrent layer, from the first to the last."""
+    stacked = isinstance(recurrent.cell, keras.layers.StackedRNNCells)
+    return list(recurrent.cell.cells) if stacked else [recurrent.cell]
+
+
+def _layer(layer: Any, path: str, own: list[Any], name_of: Mapping[int, str], direction: str | None) -> Layer:
+    row = _row(layer)
     known = row.roles(layer) if row else {}
-    if row and all(variable.name in known for variable in own):
-        config = {key: to_number(value) if isinstance(value, float) else value for key, value in row.config(layer).items()}
+    if row and all(_fits(variable, known.get(variable.name)) for variable in own):
+        config = {**row.config(layer), **_activations(layer)}
+        if row.kind in _RECURRENT and direction:
+            config["direction"] = direction
+        config = {key: to_number(value) if isinstance(value, float) else value for key, value in config.items()}
         roles = {known[variable.name][0]: Role(tensor=name_of[id(variable)], axes=known[variable.name][1]) for variable in own}
         return Layer(path=path, kind=row.kind, type=type_name(layer), config=config, roles=roles)
     equation = getattr(layer, "equation", None)
@@ -184,6 +230,40 @@ def _layer(layer: Any, path: str, own: list[Any], name_of: Mapping[int, str]) ->
         config={"equation": equation} if isinstance(equation, str) else {},
         roles=_custom_roles(own, name_of),
     )
+
+
+def _row(layer: Any) -> Row | None:
+    base = next((kind for kind in type(layer).__mro__ if kind.__module__.startswith("keras.")), object)
+    row = _einsum_row(layer) if base is keras.layers.EinsumDense else _ROWS.get(base.__name__)
+    if getattr(layer, "rms_scaling", False):
+        return None  # It divides by the standard deviation and subtracts no mean: neither layer_norm nor rms_norm.
+    own_call = not type(layer).call.__module__.startswith("keras.")
+    return None if row is None or (own_call and row.kind not in _OF_ANY_CALL) else row
+
+
+def _einsum_row(layer: Any) -> Row | None:
+    """A contraction of the last axis with a matrix, in whatever order this has its axes: "...x,xy->...y", "abc,dc->abd"."""
+    read, kernel, made = re.split(",|->", layer.equation)
+    for pattern, one, other in (("in out", kernel[:1], kernel[1:]), ("out in", kernel[1:], kernel[:1])):
+        ends = len(kernel) == 2 and read.endswith(one) and made.endswith(other)
+        if ends and read[:-1] == made[:-1] and not {one, other} & set(read[:-1]) and layer.bias_axes in (None, other):
+            return Row("linear", _fixed(kernel=("kernel", pattern), bias=("bias", "out")))
+    return None
+
+
+def _fits(variable: Any, role: tuple[str, str] | None) -> bool:
+    return role is not None and len(layers.axes(role[1])) == len(variable.shape)
+
+
+def _activations(layer: Any) -> dict[str, str]:
+    """The names of the functions that are part of a layer."""
+    found = {}
+    for attribute in ("activation", "recurrent_activation"):
+        function = getattr(layer, attribute, None)
+        name = getattr(function, "__name__", type(function).__name__)
+        if callable(function) and name != "linear":
+            found[attribute] = name
+    return found
 
 
 def _custom_roles(own: list[Any], name_of: Mapping[int, str]) -> dict[str, Role]:

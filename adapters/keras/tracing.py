@@ -190,8 +190,7 @@ def _owners(model: Any) -> dict[int, Any]:
     owners = {}
     for layer in variables.with_sublayers(model):
         if isinstance(layer, keras.layers.RNN):
-            cell = layer.cell
-            owners[id(cell.cells[-1] if isinstance(cell, keras.layers.StackedRNNCells) else cell)] = layer
+            owners[id(layers.cells(layer)[-1])] = layer
         elif isinstance(layer, keras.layers.TimeDistributed):
             owners[id(layer.layer)] = layer
     return owners
