@@ -6,7 +6,7 @@ Pytrees come back as new values in the structure of a template; nnx objects are 
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -18,12 +18,13 @@ from polyckpt.adapter import (
     ModelCapture,
     OptimizerCapture,
     Parts,
+    Recorder,
     Restore,
     StoredModel,
     StoredOptimizer,
     another_kind,
 )
-from polyckpt.adapters.jax import arrays, layers, optimizers, trees
+from polyckpt.adapters.jax import arrays, layers, optimizers, tracing, trees
 from polyckpt.adapters.jax.optimizers import Carried
 from polyckpt.checkpoint import StoredTensor
 from polyckpt.errors import MismatchError, Problem, UnsupportedError
@@ -108,6 +109,11 @@ class JaxAdapter:
 
     def prepare_rng(self, tree: Any) -> Restore:
         return Restore(apply=lambda: None)
+
+    def trace(
+        self, model: Any, arguments: tuple[Any, ...], recorder: Recorder, apply: Callable[..., Any] | None
+    ) -> Sequence[np.ndarray]:
+        return tracing.trace(model, self.parts(model, NO_OPTIMIZER).model, arguments, recorder, apply)
 
     def leaf(self, value: Any) -> Leaf | Constant | None:
         if isinstance(value, jax.Array | jax.ShapeDtypeStruct):

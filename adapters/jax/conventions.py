@@ -270,7 +270,7 @@ def _beside(path: Path, other: Path) -> bool:
     """Whether two paths differ in one segment that is not the last ("params" and "batch_stats")."""
     if len(path) != len(other):
         return False
-    return sum(one != two for one, two in zip(path[:-1], other[:-1], strict=True)) == 1
+    return len([None for one, two in zip(path[:-1], other[:-1], strict=True) if one != two]) == 1
 
 
 def _reparametrised(nodes: Mapping[Path, Node]) -> Iterator[Path]:

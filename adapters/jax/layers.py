@@ -24,9 +24,10 @@ def describe(tree: Any, weights: Mapping[str, Leaf]) -> tuple[list[Layer], Liter
     return described.layers, "name" if described.sorted else "definition"
 
 
-def nodes(tree: Any, weights: Mapping[str, Leaf]) -> dict[str, tuple[Any, Layer]]:
+def nodes(tree: Any) -> dict[str, tuple[Any, Layer]]:
     """What `describe` describes, by path: the object, module or dict, and the first layer that was made of it."""
-    described = _described(tree, weights)
+    arrays = {name: entry for name, entry in trees.entries(tree, "model").items() if not trees.is_random(entry)}
+    described = _described(tree, trees.capture(arrays, "model")[0])
     found: dict[str, tuple[Any, Layer]] = {}
     for node, layer in zip(described.nodes, described.layers, strict=True):
         found.setdefault(layer.path, (node, layer))

@@ -59,6 +59,11 @@ def is_random(entry: Entry) -> bool:
     return entry.variable is not None and issubclass(entry.variable, nnx().RngState)
 
 
+def graphs(tree: Any) -> list[Any]:
+    """The nnx objects in a tree, without those that they hold."""
+    return [leaf for _, leaf in _flatten(tree, "model")[0] if is_graph(leaf)]
+
+
 def is_node(value: Any) -> bool:
     """Whether JAX takes `value` for a container, not for a leaf."""
     return not jax.tree_util.treedef_is_leaf(jax.tree_util.tree_structure(value))
@@ -184,8 +189,8 @@ def restore(tree: Any, comparisons: Sequence[Comparison]) -> Restore:
         return rebuild(tree, values)
 
     undo: Callable[[], Any] | None = None
-    if graphs := [leaf for _, leaf in _flatten(tree, "model")[0] if is_graph(leaf)]:
-        _check_fillable(graphs)
+    if found := graphs(tree):
+        _check_fillable(found)
         before = {name: live for name, live, _ in fitting}
 
         def undo() -> Any:
