@@ -74,8 +74,9 @@ def _inputs(tree: Any, device: torch.device | str, floating: torch.dtype | None)
         return type(tree)(_inputs(value, device, floating) for value in tree)
     if not isinstance(tree, np.ndarray | np.generic):
         return tree
-    # torch reads no element type that NumPy itself lacks; all of those are floating ones of few bits.
-    array = np.array(tree, np.float32 if tree.dtype.kind == "V" or tree.dtype.name not in np.sctypeDict else None)
+    # torch reads no element type that NumPy itself lacks; all of those have few bits.
+    native = tree.dtype.newbyteorder("=")
+    array = np.array(tree, native if native.isbuiltin == 1 else np.int32 if "int" in native.name else np.float32)
     tensor = torch.from_numpy(array)
     return tensor.to(device, floating if floating is not None and tensor.is_floating_point() else tensor.dtype)
 

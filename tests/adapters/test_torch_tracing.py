@@ -15,6 +15,7 @@ from torch.nn import functional
 
 from polyckpt import UnsupportedError
 from polyckpt.adapters.torch import TorchAdapter
+from polyckpt.dtypes import lookup
 
 
 class Log:
@@ -264,6 +265,26 @@ def test_a_batch_is_copied() -> None:
 
     x = values(2, 3)
     assert not traced(Writing(), x)[0][0].any() and x.all()
+
+
+@pytest.mark.parametrize("given", ["float64", "float32", "bfloat16", "float8_e5m2"])
+@pytest.mark.parametrize("own", [torch.float64, torch.float32, torch.bfloat16])
+def test_floating_inputs_take_the_type_of_the_parameters(given: str, own: torch.dtype) -> None:
+    x = values(4, 3).astype(lookup(given, "").numpy)
+    model = nn.Linear(3, 2, dtype=own)
+    (output,), _ = traced(model, x)
+    expected = model(torch.from_numpy(x.astype(np.float64)).to(own)).detach()
+    assert np.array_equal(output, (expected if own == torch.float64 else expected.float()).numpy())
+
+
+@pytest.mark.parametrize("given", ["int64", "int32", "uint8", "int4", "bool"])
+def test_integers_stay_integers(given: str) -> None:
+    tokens = np.array([[1, 0, 1]]).astype(lookup(given, "").numpy)
+    (output,), _ = traced(nn.Identity(), tokens)
+    assert output.dtype.kind == tokens.dtype.kind or (given == "int4" and output.dtype == np.int32)
+    assert np.array_equal(output.astype(int), [[1, 0, 1]])
+    (output,), _ = traced(nn.Identity(), np.array([2**40], ">i8"))
+    assert output.dtype == np.int64 and output == 2**40
 
 
 def test_what_cannot_be_called_needs_a_function() -> None:
