@@ -76,7 +76,7 @@ def _inputs(tree: Any, device: torch.device | str, floating: torch.dtype | None)
         return tree
     # torch reads no element type that NumPy itself lacks; all of those have few bits.
     native = tree.dtype.newbyteorder("=")
-    array = np.array(tree, native if native.isbuiltin == 1 else np.int32 if "int" in native.name else np.float32)
+    array = np.array(tree, native if native.type.__module__ == "numpy" else np.int32 if "int" in native.name else np.float32)
     tensor = torch.from_numpy(array)
     return tensor.to(device, floating if floating is not None and tensor.is_floating_point() else tensor.dtype)
 
