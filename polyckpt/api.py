@@ -266,14 +266,18 @@ def _restored(
 
 
 def _is_foreign(checkpoint: Checkpoint, adapter: Adapter, model: Any) -> bool:
-    """Whether a model cannot be what was saved: another framework's, or one that shares not a single name with it."""
+    """Whether a model cannot be what was saved: another framework's, of another library's layers, or all its names differ."""
     if checkpoint.manifest.producer.adapter != adapter.name:
         return True
     described = checkpoint.manifest.model
     if described.type == type_name(model) and not isinstance(model, Mapping):
         return False
-    names = adapter.capture_model(model).weights.keys()
-    return bool(names) and bool(checkpoint.weights.stored) and names.isdisjoint(checkpoint.weights.stored)
+    captured = adapter.capture_model(model)
+    stored = checkpoint.weights.stored.keys()
+    if captured.weights.keys() == stored:
+        return False
+    ours, theirs = ({layer.type.partition(".")[0] for layer in layers} for layers in (described.layers, captured.layers))
+    return bool(captured.weights and stored) and (ours.isdisjoint(theirs) or stored.isdisjoint(captured.weights))
 
 
 def _pairs(plan: Plan | str | os.PathLike[str] | None) -> Sequence[tuple[str, str, Flatten | None]]:

@@ -114,9 +114,9 @@ class Converted(StoredTensor):
     def numpy(self) -> np.ndarray:
         """The tensor in the layout of the live model: a view of the stored one where only axes were moved."""
         dtype = lookup(self.dtype, self.name).numpy
-        if len(self._moves) == 1 and self._moves[0].exactness == Exactness.EXACT and self._moves[0].sign > 0:
+        if self._is_one_view:
             (move,) = self._moves
-            source = move.sources[0]
+            (source,) = move.sources
             value = aligned(source, self._stored[source.tensor].numpy(), move.target)
             return move.target.whole(value).astype(dtype, copy=False)
         whole = np.empty(self.shape, dtype)
@@ -124,15 +124,20 @@ class Converted(StoredTensor):
             move.target.view(whole)[...] = self._value(move)
         return whole
 
+    @property
+    def _is_one_view(self) -> bool:
+        pieces = [piece for move in self._moves for piece in (move.target, *move.sources)]
+        return len(pieces) == 2 and self._moves[0].exactness == Exactness.EXACT and all(piece.sign > 0 for piece in pieces)
+
     def _value(self, move: Move) -> Any:
-        terms = [aligned(piece, self._stored[piece.tensor].numpy(), move.target) for piece in move.sources]
-        if not terms:
+        if not move.sources:
             return move.constant
+        terms = [aligned(piece, self._stored[piece.tensor].numpy(), move.target) for piece in move.sources]
+        terms = [-term if piece.sign != move.target.sign else term for piece, term in zip(move.sources, terms, strict=True)]
         total = terms[0]
         for term in terms[1:]:
             total = total + term
-        total = total + np.asarray(move.constant, total.dtype) if move.constant else total
-        return -total if move.sign < 0 else total
+        return total + np.asarray(move.constant * move.target.sign, total.dtype) if move.constant else total
 
 
 class Held(StoredTensor):

@@ -61,6 +61,11 @@ KINDS: dict[str, dict[str, frozenset[str]]] = {
         "mean": _CHANNELS,
         "variance": _CHANNELS,
         "count": frozenset(),
+        # Haiku: averages that began at zero, and their numbers of updates, by which those above were put right.
+        "mean_biased": _CHANNELS,
+        "variance_biased": _CHANNELS,
+        "mean_updates": frozenset(),
+        "variance_updates": frozenset(),
     },
     "layer_norm": {"scale": _NORMALISED, "offset": _NORMALISED},
     "rms_norm": {"scale": _NORMALISED},

@@ -24,7 +24,7 @@ class Piece:
 
     axes: those of the tensor. sizes: of each elementary axis. pick: the index or the range (start, stop) that the piece has of
     an axis. order: the canonical axes of the piece, each made of elementary ones; () is an axis of size one. flip: axes that
-    run backwards in the tensor.
+    run backwards in the tensor. sign: -1 where the tensor holds the negative.
     """
 
     tensor: str
@@ -33,6 +33,7 @@ class Piece:
     order: Axes
     pick: Mapping[str, int | tuple[int, int]] = field(default_factory=dict)
     flip: frozenset[str] = frozenset()
+    sign: int = 1
 
     @property
     def factors(self) -> tuple[tuple[int, ...], ...]:

@@ -123,16 +123,17 @@ def compatible(source: Unit, target: Unit) -> bool:
     if any(source.pieces[role].shape != target.pieces[role].shape for role in both):
         return False
     lone = source.pieces.keys() ^ target.pieces.keys()
-    return bool(both or not lone) and all(
-        role.partition(":")[0].removeprefix("input_").removeprefix("recurrent_") in OPTIONAL for role in lone
-    )
+    return bool(both or not lone) and all(_is_optional(role) for role in lone)
+
+
+def _is_optional(role: str) -> bool:
+    """Whether a unit may lack `role`, which in a recurrent one has a part and a gate."""
+    return role.partition(":")[0].removeprefix("input_").removeprefix("recurrent_") in OPTIONAL
 
 
 def _signature(unit: Unit) -> object:
     """Equal for units that may be compatible."""
-    needed = {
-        role: piece.shape for role, piece in unit.pieces.items() if role.rpartition("_")[2].partition(":")[0] not in OPTIONAL
-    }
+    needed = {role: piece.shape for role, piece in unit.pieces.items() if not _is_optional(role)}
     if not needed:
         needed = {"": next(iter(unit.pieces.values())).shape}
     return (unit.kind, tuple(sorted(needed.items())))

@@ -27,12 +27,11 @@ class Exactness(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Move:
-    """What a piece of a live tensor becomes: the sum of `sources`, times `sign`, and a constant; OPTIONAL's value for none."""
+    """What a piece of a live tensor becomes: the sum of `sources` and a constant; the constant alone where there are none."""
 
     target: Piece
     sources: tuple[Piece, ...]
     constant: float = 0.0
-    sign: int = 1
 
     @property
     def exactness(self) -> Exactness:
@@ -54,43 +53,44 @@ def moves_of(source: Unit, target: Unit) -> tuple[list[Move], list[Loss]]:
     """The moves that make `target` of `source`, and what of `source` has no place there."""
     if source.kind in ("lstm", "gru", "rnn"):
         return _recurrent_moves(source, target)
-    moves = [
-        Move(piece, (source.pieces[role],)) if role in source.pieces else Move(piece, (), OPTIONAL[role])
-        for role, piece in target.pieces.items()
-    ]
-    # How many batches were seen shapes nothing unless running averages are cumulative.
+    moves = []
+    for role, piece in target.pieces.items():
+        # After many updates an average that began at zero is what it was put right to.
+        held = role if role in source.pieces else role.removesuffix("_biased")
+        moves.append(Move(piece, (source.pieces[held],)) if held in source.pieces else Move(piece, (), OPTIONAL[role]))
     lost = [
-        Loss(piece, None if role == "count" else OPTIONAL[role])
+        Loss(piece, OPTIONAL[role])
         for role, piece in source.pieces.items()
-        if role not in target.pieces
+        if role not in target.pieces and role not in _BOOKKEEPING
     ]
-    return moves, [loss for loss in lost if loss.value is not None]
+    return moves, lost
+
+
+_BOOKKEEPING = {"count", "mean_biased", "variance_biased", "mean_updates", "variance_updates"}
+"""Roles that say how averages came about: without them the averages are what they are."""
 
 
 def _recurrent_moves(source: Unit, target: Unit) -> tuple[list[Move], list[Loss]]:
     """Kernels gate by gate; of several biases of a gate only the sum means anything, but in a GRU that resets afterwards."""
     moves: list[Move] = []
     losses: list[Loss] = []
-    # A gate that keeps what another cell's renews has the opposite sign inside the sigmoid.
-    opposite = source.config.get("update_gate", "keep") != target.config.get("update_gate", "keep")
     shift = float(source.config.get("forget_bias", 0.0)) - float(target.config.get("forget_bias", 0.0))
     gates = list(dict.fromkeys(role.partition(":")[2] for role in (*source.pieces, *target.pieces)))
     for role, piece in target.pieces.items():
         if "bias" not in role:
-            moves.append(Move(piece, (source.pieces[role],), sign=-1 if opposite and role.endswith(":z") else 1))
+            moves.append(Move(piece, (source.pieces[role],)))
     for gate in filter(None, gates):
         roles = [f"{kind}:{gate}" for kind in ("bias", "input_bias", "recurrent_bias")]
         ours = {role: source.pieces[role] for role in roles if role in source.pieces}
         theirs = {role: target.pieces[role] for role in roles if role in target.pieces}
-        sign = -1 if opposite and gate == "z" else 1
         constant = shift if gate == "f" else 0.0
         apart = source.kind == "gru" and gate == "n" and source.config.get("reset_after") is True
         if apart or (ours.keys() == theirs.keys() and not constant):
-            moves += [Move(piece, (ours[role],) if role in ours else (), sign=sign) for role, piece in theirs.items()]
+            moves += [Move(piece, (ours[role],) if role in ours else ()) for role, piece in theirs.items()]
             losses += [Loss(piece, 0.0) for role, piece in ours.items() if role not in theirs]
         elif theirs:
             first, *rest = theirs.values()
-            moves.append(Move(first, tuple(ours.values()), constant, sign))
+            moves.append(Move(first, tuple(ours.values()), constant))
             moves += [Move(piece, ()) for piece in rest]
         else:
             losses += [Loss(piece, -constant) for piece in ours.values()]

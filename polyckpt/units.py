@@ -13,7 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from polyckpt import layers
-from polyckpt.layouts import Axes, Piece
+from polyckpt.layouts import Piece
 from polyckpt.schema import Layer, Role
 
 BARE = "bare"
@@ -71,6 +71,7 @@ def _projection(name: str) -> _Part:
 
 
 _NORM = {"scale": "c", "offset": "c", "mean": "c", "variance": "c", "count": ""}
+_BIASED = {"mean_biased": "c", "variance_biased": "c", "mean_updates": "", "variance_updates": ""}
 
 _PARTS: dict[str, tuple[_Part, ...]] = {
     "linear": _whole("linear", kernel="in out", bias="out"),
@@ -82,7 +83,7 @@ _PARTS: dict[str, tuple[_Part, ...]] = {
         _Part("depthwise", "conv", {"depthwise_kernel": ("kernel", "(in mult) 1 k")}),
         _Part("pointwise", "conv", {"pointwise_kernel": ("kernel", "out (in mult) k"), "bias": ("bias", "out")}),
     ),
-    "batch_norm": _whole("batch_norm", **_NORM),
+    "batch_norm": _whole("batch_norm", **_NORM, **_BIASED),
     "instance_norm": _whole("group_norm", **_NORM),
     "group_norm": _whole("group_norm", **_NORM),
     "layer_norm": _whole("layer_norm", scale="n", offset="n"),
@@ -116,8 +117,12 @@ OPTIONAL = {
     "mean": 0.0,
     "variance": 1.0,
     "count": 0.0,
+    "mean_biased": 0.0,
+    "variance_biased": 1.0,
+    "mean_updates": float(1 << 20),
+    "variance_updates": float(1 << 20),
 }
-"""Roles that a unit may lack, and the value that a lacking one amounts to."""
+"""Roles that a unit may lack, and the value that a lacking one amounts to. After many updates an average is biased no more."""
 
 
 def units(described: Sequence[Layer], shapes: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str]) -> list[Unit]:
@@ -158,7 +163,10 @@ def _units_of(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[U
                     pieces[canonical] = _piece(layer, entry, axes, sizes[role], {"qkv": picked} if picked is not None else {})
                     known.add(role)
         if pieces:
-            yield _canonical(_unit(layer, part.part, part.kind, pieces))
+            unit = _canonical(_unit(layer, part.part, part.kind, pieces))
+            if layer.kind == "instance_norm" and "scale" in pieces:
+                unit = replace(unit, config={**unit.config, "groups": pieces["scale"].shape[0]})
+            yield unit
     for role, entry in layer.roles.items():
         if role not in known:
             yield _bare(layer, role, entry, shapes[entry.tensor])
@@ -187,8 +195,6 @@ def _canonical(unit: Unit) -> Unit:
     """A convolution that looks at one place alone is linear."""
     kernel = unit.pieces.get("kernel")
     groups = unit.config.get("groups", 1)
-    if unit.kind == "group_norm" and "groups" not in unit.config and "scale" in unit.pieces:
-        return replace(unit, config={**unit.config, "groups": unit.pieces["scale"].shape[0]})
     if unit.kind != "conv" or kernel is None or groups != 1 or len(kernel.shape) < 3 or math.prod(kernel.shape[2:]) != 1:
         return unit
     spatial = [axis for group in kernel.order[2:] for axis in group]
@@ -261,42 +267,38 @@ def _sizes(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dic
 
 
 def _recurrent(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> Unit:
+    """One unit, with a piece of each role for each gate. A gate written "-z" is stored as the negative of z."""
     gates = str(layer.config.get("gate_order", "h")).split()
     pieces: dict[str, Piece] = {}
     sizes = _sizes(layer, shapes)
+
+    def add(role: str, gate: str, entry: Role, of: str, pick: Mapping[str, Any]) -> None:
+        axes = tuple(layers.axes(entry.axes))
+        # Where one kernel holds both, what the recurrent part reads lies on the axis "in" too.
+        order = tuple((axis if axis in sizes[of] else "in",) for axis in _RECURRENT[role].split())
+        sign = -1 if gate.startswith("-") else 1
+        name = f"{role}:{gate.removeprefix('-')}" if gate else role
+        pieces[name] = Piece(entry.tensor, axes, sizes[of], order, pick=pick, sign=sign)
+
     for role, entry in layer.roles.items():
-        base, _, gate = role.partition(":")
+        base, _, alone = role.partition(":")
         axes = [axis for group in layers.axes(entry.axes) for axis in group]
+        # What a tensor holds: (role, what is picked for it). One of input and recurrent part holds both.
+        parts: list[tuple[str, dict[str, Any]]] = [(base, {})]
         if base == "kernel":
-            unit = sizes[role]["unit"]
-            inputs = sizes[role]["in"] - unit
-            halves = {"input_kernel": (0, inputs), "recurrent_kernel": (inputs, inputs + unit)}
-            for part, rows in halves.items():
-                for place, name in enumerate(gates):
-                    pieces[f"{part}:{name}"] = _picked(entry, (("in",), ("unit",)), sizes[role], {"gate": place, "in": rows})
-            continue
-        order = tuple((axis,) for axis in _RECURRENT[base].split())
-        if base == "projection":
-            pieces[base] = _picked(entry, order, sizes[role], {})
-            continue
-        for which, part in enumerate(("input_bias", "recurrent_bias")) if "which" in axes else ((None, base),):
-            fixed: dict[str, int] = {} if which is None else {"which": which}
-            if gate or "gate" not in axes:
-                only = gate or _only_gate(layer, base, gates)
-                pieces[f"{part}:{only}"] = _picked(entry, order, sizes[role], fixed)
+            inputs, total = sizes[role]["in"] - sizes[role]["unit"], sizes[role]["in"]
+            parts = [("input_kernel", {"in": (0, inputs)}), ("recurrent_kernel", {"in": (inputs, total)})]
+        elif "which" in axes:
+            parts = [("input_bias", {"which": 0}), ("recurrent_bias", {"which": 1})]
+        for part, pick in parts:
+            if base == "projection":
+                add(part, "", entry, role, pick)
+            elif alone or "gate" not in axes:
+                add(part, alone or str(layer.config.get(f"{base}_gates", gates[0])), entry, role, pick)
             else:
-                for place, name in enumerate(gates):
-                    pieces[f"{part}:{name}"] = _picked(entry, order, sizes[role], {**fixed, "gate": place})
+                for place, gate in enumerate(gates):
+                    add(part, gate, entry, role, {**pick, "gate": place})
     return _unit(layer, "", layer.kind, pieces)
-
-
-def _only_gate(layer: Layer, role: str, gates: Sequence[str]) -> str:
-    """The gate of a tensor without an axis of gates."""
-    return str(layer.config.get(f"{role}_gates", gates[0]))
-
-
-def _picked(entry: Role, order: Axes, sizes: Mapping[str, int], pick: Mapping[str, Any]) -> Piece:
-    return Piece(entry.tensor, tuple(layers.axes(entry.axes)), sizes, order, pick=pick)
 
 
 def listed(found: Sequence[Unit], limit: int = 12) -> str:

@@ -79,6 +79,8 @@ def _spatial(count: int) -> str:
 def _single(path: Path, node: Node, statistics: _Statistics) -> Found | None:
     if node.foreign or node.children:
         return None
+    if averages := statistics.averages(path):
+        return Found("batch_norm", averages)
     keys = frozenset(node.arrays)
     if keys and keys <= _NORM_KEYS | _RUNNING.keys():
         return _norm(path, node, statistics)
@@ -201,7 +203,9 @@ def _norm(path: Path, node: Node, statistics: _Statistics) -> Found | None:
     if kind is None or len(shapes) != 1:
         return None
     axes = _normalised(shapes.pop(), "n" if kind in ("layer_norm", "rms_norm") else "c")
-    return None if axes is None else Found(kind, {role: (name, axes) for role, (name, _) in arrays.items()})
+    if axes is None:
+        return None
+    return Found(kind, {**statistics.biased(path), **{role: (name, axes) for role, (name, _) in arrays.items()}})
 
 
 def _running(node: Node) -> dict[str, tuple[str, Shape]]:
@@ -260,10 +264,38 @@ class _Statistics:
         arrays = self._nodes[place].arrays
         if running := _running(self._nodes[place]):
             return running
-        variance = self._nodes.get((*place[:-1], str(place[-1]).replace("/~/mean_ema", "/~/var_ema")))
+        variance = self._nodes.get(_variance_beside(place))
         if variance is None or "average" not in variance.arrays:
             return {}
         return {"mean": arrays["average"], "variance": variance.arrays["average"]}
+
+    def biased(self, path: Path) -> dict[str, tuple[str, str]]:
+        """What Haiku's averages of the layer at `path` are made of: role -> (name, axes)."""
+        place = next((place for place in (self._places[path[-1]] if path else ()) if _beside(path, place)), ())
+        found: dict[str, tuple[str, str]] = {}
+        for role, at in (("mean", place), ("variance", _variance_beside(place) if place else ())):
+            arrays = self._nodes[at].arrays if at in self._nodes else {}
+            if "hidden" in arrays and "counter" in arrays:
+                name, shape = arrays["hidden"]
+                found[f"{role}_biased"] = (name, _normalised(shape, "c") or "")
+                found[f"{role}_updates"] = (arrays["counter"][0], "")
+        return found
+
+    def averages(self, path: Path) -> dict[str, tuple[str, str]]:
+        """The roles of a Haiku norm without parameters, for the dict of its means."""
+        if not path or not str(path[-1]).endswith("/~/mean_ema"):
+            return {}
+        layer = (*path[:-1], str(path[-1]).removesuffix("/~/mean_ema"))
+        if any(_beside(owner, layer) for owner in self._owners[layer[-1]]) or not self._at(path):
+            return {}
+        named = {role: (name, _normalised(shape, "c") or "") for role, (name, shape) in self._at(path).items()}
+        # The norm itself has no dict; any sibling stands for it.
+        return {**self.biased((f"{layer[0]} of", *layer[1:])), **named}
+
+
+def _variance_beside(place: Path) -> Path:
+    """Where Haiku keeps the variances to the means at `place`."""
+    return (*place[:-1], str(place[-1]).replace("/~/mean_ema", "/~/var_ema"))
 
 
 def _beside(path: Path, other: Path) -> bool:

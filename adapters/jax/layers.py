@@ -119,6 +119,9 @@ class _Describer:
             return
         roles = row.roles(node)
         found = {key: name for key in roles if (name := self._resolve(node, path, key)) is not None}
+        if not rows.is_plain(node) and self._below(path) - set(found.values()):
+            # A call of its own with tensors of its own (low-rank adapters) is not what the row says.
+            return
         # Stacked layers (vmap, scan) have further axes, which no row names.
         fits = all(len(axes(roles[key][1])) == len(self._weights[name].shape) for key, name in found.items())
         if fits and (found or row.kind == "dropout"):
@@ -138,6 +141,11 @@ class _Describer:
                     node, path = self._values.get(node.marker, (None, path))
         node, path = self._unwrapped(node, path)
         return names.join(path) if self._is_weight(node, path) else None
+
+    def _below(self, path: tuple[Any, ...]) -> set[str]:
+        """The weights at `path` and below it."""
+        start = f"{names.join(path)}/" if path else ""
+        return {name for name in self._weights if name.startswith(start)}
 
     def _unwrapped(self, child: Any, path: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
         if trees.is_variable(child):

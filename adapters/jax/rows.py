@@ -229,23 +229,29 @@ _ROWS = {"flax.nnx": _NNX, "equinox.nn": _EQUINOX}
 
 def row_of(node: Any) -> Row | None:
     """The row of the nearest class of `node` that is a layer of a library."""
-    return next((_ROWS[package][name] for package, name in classes(node) if name in _ROWS[package]), None)
+    return next((_ROWS[package][kind.__name__] for package, kind in classes(node) if kind.__name__ in _ROWS[package]), None)
 
 
-def classes(node: Any) -> Iterator[tuple[str, str]]:
-    """The classes of `node` that are a library's, as (package, name)."""
+def is_plain(node: Any) -> bool:
+    """Whether `node` computes as the class of its row does: a subclass may have a call of its own."""
+    kind = next(kind for package, kind in classes(node) if kind.__name__ in _ROWS[package])
+    return type(node).__call__ is kind.__call__
+
+
+def classes(node: Any) -> Iterator[tuple[str, Any]]:
+    """The classes of `node` that are a library's, as (package, class)."""
     for kind in type(node).__mro__:
-        yield from ((package, kind.__name__) for package in _ROWS if kind.__module__.startswith(f"{package}."))
+        yield from ((package, kind) for package in _ROWS if kind.__module__.startswith(f"{package}."))
 
 
 def reparametrises(node: Any) -> bool:
     """Whether `node` changes the weights of the layers it holds before it applies them: they are not what they seem."""
-    return any(name in ("WeightNorm", "SpectralNorm") for _, name in classes(node))
+    return any(kind.__name__ in ("WeightNorm", "SpectralNorm") for _, kind in classes(node))
 
 
 def directed(node: Any) -> Iterator[tuple[Any, str]]:
     """The recurrent cells that `node` runs through a sequence, each with its direction."""
-    names = [name for package, name in classes(node) if package == "flax.nnx"]
+    names = [kind.__name__ for package, kind in classes(node) if package == "flax.nnx"]
     if "Bidirectional" in names:
         yield getattr(node.forward_rnn, "cell", None), "forward"
         yield getattr(node.backward_rnn, "cell", None), "backward"
