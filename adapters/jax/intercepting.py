@@ -96,11 +96,13 @@ def _haiku(index: _Index, haiku: Any) -> Any:
         module = context.module
         if context.method_name != "__call__":
             return function(*arguments, **keywords)
-        # What a tree shows of an LSTM is the linear layer in it.
+        key = module.module_name
         is_lstm = isinstance(module, haiku.LSTM)
-        key = f"{module.module_name}/linear" if is_lstm else module.module_name
-        own = [array for name, array in module.params_dict().items() if name.rpartition("/")[0] == key]
-        entry = index.find((key,), own, ())
+        # What a tree shows of an LSTM is the linear layer in it; of a norm without parameters, its means.
+        keys = [f"{key}/linear"] if is_lstm else [key, f"{key}/~/mean_ema"] if isinstance(module, haiku.BatchNorm) else [key]
+        arrays = module.params_dict().items()
+        found = (index.find((each,), [array for name, array in arrays if name.rpartition("/")[0] == each], ()) for each in keys)
+        entry = next((each for each in found if each is not None), None)
         if entry is None or is_lstm != (entry.kind == "lstm"):
             return function(*arguments, **keywords)
         return calls.call(Seen(entry.path, entry.kind), function, arguments, keywords)

@@ -108,12 +108,11 @@ def _call(model: Any, arrays: tuple[Any, ...]) -> Any:
 
 def _copy(model: Any, tree: Any) -> tuple[Any, Described]:
     """A copy for inference, which shares nothing that can change with the model, and what is described of it."""
+    described = layers.nodes(tree)
     if trees.graphs(model):
         copied = trees.nnx().clone(model)
-        described = layers.nodes(copied)
-        _watch_graphs(copied, described)
+        _watch_graphs(model, copied, described)
         return copied, described
-    described = layers.nodes(tree)
     copied = jax.tree.map(lambda leaf: leaf, model)
     equinox = sys.modules.get("equinox")
     if equinox is None:
@@ -122,17 +121,16 @@ def _copy(model: Any, tree: Any) -> tuple[Any, Described]:
     return (_watched_modules(equinox.nn.inference_mode(copied), (), modules) if modules else copied), described
 
 
-def _watch_graphs(copied: Any, described: Described) -> None:
+def _watch_graphs(model: Any, copied: Any, described: Described) -> None:
     nnx = trees.nnx()
-    for graph in trees.graphs(copied):
-        if isinstance(graph, nnx.Module):
-            graph.eval()
-        for _, node in list(nnx.iter_graph(graph)):
-            if isinstance(node, nnx.RNN) and not hasattr(node, "polyckpt_layer"):
-                _become_watched(node, None)
-    for node, layer in described.values():
-        if isinstance(node, nnx.Module):
-            _become_watched(node, Seen(layer.path, layer.kind, last=True))
+    seen = {id(node): Seen(layer.path, layer.kind, last=True) for node, layer in described.values()}
+    # Both are walked in one order, which is not that of definition.
+    for (_, node), (_, copy) in list(zip(nnx.iter_graph(model), nnx.iter_graph(copied), strict=True)):
+        if not isinstance(node, nnx.Module):
+            continue
+        copy.eval()
+        if isinstance(node, nnx.RNN) or (id(node) in seen and callable(node)):
+            _become_watched(copy, seen.get(id(node)))
 
 
 def _become_watched(node: Any, layer: Seen | None) -> None:
