@@ -56,27 +56,45 @@ def impl_name(keys: Any) -> str:
 
 
 def leaf(value: Any, name: str) -> Leaf:
-    """The Leaf of an array of JAX or NumPy. Raises UnsupportedError, naming it, for one whose values are not at hand."""
-    if not isinstance(value, jax.Array):
-        if isinstance(value, jax.ShapeDtypeStruct):
-            raise UnsupportedError(f"{name}: {value} has no values: it can be a template for load, but cannot be saved")
+    """The Leaf of an array of JAX or NumPy. Raises UnsupportedError, naming it, for one whose values are not at hand.
+
+    A template (a ShapeDtypeStruct, an array that was donated) has a leaf too, since it can be described: reading raises.
+    """
+    if not isinstance(value, jax.Array | jax.ShapeDtypeStruct):
         try:
             return array_leaf(np.asarray(value), "numpy.scalar" if isinstance(value, np.generic) else "numpy")
         except UnsupportedError as error:
             raise UnsupportedError(f"{name}: {error}") from error
-    check_concrete(value, name)
+    if isinstance(value, jax.Array):
+        check_concrete(value, name)
+    data = jax.eval_shape(_data, value)
+    if is_key(value):
+        kind = f"jax.key:{impl_name(value)}"
+    else:
+        kind = "jax.weak" if isinstance(value, jax.Array) and is_weak(value) else "jax"
+    dtype = data.dtype.name
+    if (missing := _missing(value)) is not None:
+        # Not frozen: a save reads what may change at once, also where it writes in the background.
+        return Leaf(dtype, data.shape, lambda: _refuse(f"{name}: {missing}"), identity=id(value), kind=kind)
+    return Leaf(dtype, data.shape, lambda: _host(_data(value)), identity=id(value), kind=kind, frozen=True)
+
+
+def _data(array: Any) -> Any:
+    """What an array is on the host: of keys, their words."""
+    return jax.random.key_data(array) if is_key(array) else array
+
+
+def _missing(value: jax.Array | jax.ShapeDtypeStruct) -> str | None:
+    """Why an array has no values, None for one that has."""
+    if isinstance(value, jax.ShapeDtypeStruct):
+        return f"{value} has no values: it can be a template for load, but cannot be saved"
     if value.is_deleted():
-        raise UnsupportedError(
-            f"{name}: the array was deleted: it was donated to a jitted function (donate_argnums). Save what that returned"
-        )
-    if not is_key(value):
-        kind = "jax.weak" if is_weak(value) else "jax"
-        return Leaf(value.dtype.name, value.shape, lambda: _host(value), identity=id(value), kind=kind, frozen=True)
-    data = jax.eval_shape(jax.random.key_data, value)
-    kind = f"jax.key:{impl_name(value)}"
-    return Leaf(
-        data.dtype.name, data.shape, lambda: _host(jax.random.key_data(value)), identity=id(value), kind=kind, frozen=True
-    )
+        return "the array was deleted: it was donated to a jitted function (donate_argnums). Save what that returned"
+    return None
+
+
+def _refuse(reason: str) -> np.ndarray:
+    raise UnsupportedError(reason)
 
 
 def check_concrete(value: Any, name: str) -> None:

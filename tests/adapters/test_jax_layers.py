@@ -19,7 +19,7 @@ import torch
 from flax import nnx
 from torch.nn import functional
 
-from polyckpt import layers, schema
+from polyckpt import UnsupportedError, layers, schema
 from polyckpt.adapters.jax import JaxAdapter
 from polyckpt.leaves import Leaf
 
@@ -678,6 +678,24 @@ def test_statistics_are_found_in_whatever_holds_them() -> None:
         assert layer.kind == "batch_norm" and layer.roles["mean"].tensor == f"{prefix}batch_stats/block/norm/mean"
     beside = {"norm": dict(variables["params"]), "other": dict(variables["batch_stats"])}
     assert kinds({"model": beside}) == {"model/norm": "layer_norm", "model/other": "custom"}
+
+
+def test_templates_are_described_as_what_they_stand_for() -> None:
+    def model() -> dict[str, Any]:
+        return {"dense": {"kernel": jnp.ones((3, 4)), "bias": jnp.ones(4)}, "key": jax.random.key(0)}
+
+    template, values = JaxAdapter().capture_model(jax.eval_shape(model)), JaxAdapter().capture_model(model())
+    assert template.layers == values.layers and template.layers[0].kind == "custom" and template.layers[1].kind == "linear"
+    for name, leaf in values.weights.items():
+        assert (leaf.dtype, leaf.shape, leaf.kind) == (
+            template.weights[name].dtype,
+            template.weights[name].shape,
+            template.weights[name].kind,
+        )
+        with pytest.raises(UnsupportedError, match=f"model: {name}: .* cannot be saved"):
+            template.weights[name].read()
+    module = nnx.eval_shape(lambda: nnx.Conv(3, 4, (2, 2), rngs=nnx.Rngs(0)))
+    assert kinds(module) == {"": "conv"}
 
 
 def test_the_projections_of_attention_in_haiku_are_linear() -> None:

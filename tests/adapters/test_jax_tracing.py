@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import equinox as eqx
@@ -46,11 +47,20 @@ class Recorder:
         return found
 
 
+@contextmanager
+def nothing_left() -> Iterator[None]:
+    """The states of Python's and NumPy's random numbers and the settings of JAX are afterwards what they were."""
+    before = random.getstate(), np.random.get_state()[1].tobytes(), np.random.get_state()[2:], jax.config.jax_disable_jit
+    yield
+    after = random.getstate(), np.random.get_state()[1].tobytes(), np.random.get_state()[2:], jax.config.jax_disable_jit
+    assert before == after
+
+
 def traced(model: Any, *arguments: Any, apply: Callable[..., Any] | None = None) -> tuple[Recorder, Sequence[np.ndarray]]:
     """A trace, of layers that are described."""
-    recorder = Recorder()
-    outputs = JaxAdapter().trace(model, arguments, recorder, apply)
-    adapter = JaxAdapter()
+    recorder, adapter = Recorder(), JaxAdapter()
+    with nothing_left():
+        outputs = adapter.trace(model, arguments, recorder, apply)
     described = {layer.path for layer in adapter.capture_model(adapter.parts(model, False).model).layers}
     assert set(recorder.paths) <= described
     return recorder, outputs
@@ -63,15 +73,6 @@ def noise(*shape: int) -> np.ndarray:
 def same(found: Any, expected: Any) -> None:
     assert found.shape == expected.shape
     np.testing.assert_allclose(found, np.asarray(expected), rtol=2e-4, atol=2e-5)
-
-
-@pytest.fixture(autouse=True)
-def _nothing_left() -> Iterator[None]:
-    random.seed(3)
-    np.random.seed(3)
-    before = random.getstate(), np.random.get_state()[1].tobytes(), jax.config.jax_disable_jit
-    yield
-    assert before == (random.getstate(), np.random.get_state()[1].tobytes(), jax.config.jax_disable_jit)
 
 
 # Flax nnx
@@ -214,7 +215,7 @@ class Vision(eqx.Module):
 
 
 def _vision() -> tuple[Any, Any]:
-    model, state = eqx.nn.make_with_state(Vision)(KEY)
+    model, state = eqx.filter_jit(eqx.nn.make_with_state(Vision))(KEY)
     statistics = jax.tree.map(lambda leaf: jnp.asarray(noise(*leaf.shape) ** 2 + 0.5) if leaf.ndim else leaf, state)
     return model, statistics
 
@@ -393,7 +394,7 @@ def _haiku(x: Any, train: bool = False) -> Any:
 def test_layers_of_haiku() -> None:
     x = noise(3, 2, 4, 3)
     transformed = hk.without_apply_rng(hk.transform_with_state(_haiku))
-    params, state = transformed.init(KEY, x, True)
+    params, state = jax.jit(transformed.init, static_argnums=2)(KEY, x, True)
     model = {"params": params, "state": state}
     recorder, (y,) = traced(model, x, apply=lambda model, x: transformed.apply(model["params"], model["state"], x)[0])
     assert recorder.paths == [
@@ -524,9 +525,8 @@ def test_a_model_that_fails_is_left_as_it_was() -> None:
             raise ZeroDivisionError(f"of {self.norm(x).shape}")
 
     model = Failing()
-    with pytest.raises(
-        UnsupportedError, match=r"model: it cannot be run on the batch: ZeroDivisionError: of \(4, 3\)"
-    ) as caught:
+    message = r"model: it cannot be run on the batch: ZeroDivisionError: of \(4, 3\)"
+    with nothing_left(), pytest.raises(UnsupportedError, match=message) as caught:
         JaxAdapter().trace(model, (noise(4, 3),), Recorder(), None)
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
     assert not model.norm.use_running_average and type(model.norm) is nnx.BatchNorm
