@@ -19,7 +19,7 @@ from polyckpt import parity, plans
 from polyckpt.adapter import Adapter, ModelCapture, Restore, StoredModel
 from polyckpt.checkpoint import Checkpoint, StoredTensor, verify_all
 from polyckpt.checksums import checksum
-from polyckpt.dtypes import lookup
+from polyckpt.dtypes import lookup, widens
 from polyckpt.errors import AmbiguityError, MismatchError, ParityError, PlanError, Problem, UnsupportedError
 from polyckpt.layouts import aligned
 from polyckpt.leaves import Leaf
@@ -204,11 +204,18 @@ class Conversion:
             for piece in unit.pieces.values()
             if not (unit.kind == BARE and stored[piece.tensor].dtype.startswith(("int", "uint", "bool")))
         ]
+        # A norm that has no statistics yet computes something else; ones and zeros in their place would hide it.
+        found += [
+            Problem("missing", "weights", pair.target.pieces[role].tensor, live=_shown(target, pair.target.pieces[role].tensor))
+            for pair in self.plan.pairs
+            for role in ("mean", "variance")
+            if role in pair.target.pieces and role not in pair.source.pieces
+        ]
         made, losses = self.plan.moves()
         found += [self._lost(loss) for loss in losses if not self._is_void(loss)]
         for name, moves in made.items():
             for source in {piece.tensor for move in moves for piece in move.sources}:
-                if not self.options.cast and not _widens(stored[source].dtype, target.tensors[name][1]):
+                if not self.options.cast and not widens(stored[source].dtype, target.tensors[name][1]):
                     found.append(
                         Problem(
                             "dtype",
@@ -439,11 +446,6 @@ def _rearranged(argument: Any, pattern: str) -> np.ndarray:
             f"probe_axes={pattern!r}: write the axes of the checkpoint's batch and of the model's: 'b c h w -> b h w c'"
         )
     return np.transpose(argument, [before.index(axis) for axis in after])
-
-
-def _widens(stored: str, live: str) -> bool:
-    """Whether every value of one type is one of the other."""
-    return stored == live or bool(np.can_cast(lookup(stored, "").numpy, lookup(live, "").numpy, "safe"))
 
 
 def _shown(side: Side, name: str) -> str:

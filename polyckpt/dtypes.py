@@ -119,3 +119,12 @@ def lookup(name: str, where: str) -> Dtype:
         raise UnsupportedError(
             f"{where}: element type {name!r} is not part of the format; it holds {', '.join(DTYPES)}"
         ) from None
+
+
+def widens(stored: str, live: str) -> bool:
+    """Whether every value of one type is one of the other.
+
+    >>> widens("bfloat16", "float32"), widens("float64", "float32")
+    (True, False)
+    """
+    return stored == live or bool(np.can_cast(lookup(stored, "").numpy, lookup(live, "").numpy, "safe"))

@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 
 from polyckpt import matching
+from polyckpt.dtypes import widens
 from polyckpt.errors import PlanError
 from polyckpt.layouts import Piece
 from polyckpt.matching import Class
@@ -106,12 +107,19 @@ class Plan:
             for name in pair.target.pieces["kernel"].tensor.split("\0")
         }
         made, _ = self.moves()
+        rounded = {
+            name
+            for name, moves in made.items()
+            for move in moves
+            for piece in move.sources
+            if not widens(self.source.tensors[piece.tensor][1], self.target.tensors[name][1])
+        }
         rows = [
             Row(
                 target=name,
                 source=", ".join(dict.fromkeys(piece.tensor for move in moves for piece in move.sources)) or "(none)",
                 how=f"{_how(moves)}{f'; {flattened[name]}' if name in flattened else ''}",
-                exactness=_worst([move.exactness for move in moves]),
+                exactness=Exactness.APPROXIMATE if name in rounded else _worst([move.exactness for move in moves]),
                 evidence=evidence[name] or "not settled",
             )
             for name, moves in made.items()

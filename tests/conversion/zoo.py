@@ -7,9 +7,10 @@ came back. Sizes are unequal everywhere.
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import equinox as eqx
@@ -53,7 +54,16 @@ class Case:
     def batch(self, rng: np.random.Generator, dtype: str) -> np.ndarray:
         if self.kind == "embedding":
             return rng.integers(0, 11, (BATCH, 5))
-        if self.kind in ("conv", "depthwise", "separable", "conv_transpose", "batch_norm", "group_norm", "instance_norm", "prelu"):
+        if self.kind in (
+            "conv",
+            "depthwise",
+            "separable",
+            "conv_transpose",
+            "batch_norm",
+            "group_norm",
+            "instance_norm",
+            "prelu",
+        ):
             return rng.standard_normal((BATCH, *SPATIAL[: self.rank], IN)).astype(dtype)
         if self.kind in ("lstm", "gru", "rnn", "attention"):
             return rng.standard_normal((BATCH, 5, IN)).astype(dtype)
@@ -93,11 +103,10 @@ CASES = [
 
 @dataclass(frozen=True)
 class Built:
-    """model: what save and load take. call: batch through a model -> output. random: where all its numbers can be changed."""
+    """model: what save and load take. call: a model and a batch -> output."""
 
     model: Any
     call: Callable[[Any, np.ndarray], np.ndarray]
-    apply: Callable[..., Any] | None = None
 
 
 Builder = Callable[[Case, str], Built | None]
@@ -200,7 +209,7 @@ def _keras(case: Case, dtype: str) -> Built | None:
         query = keras.Input(shape, dtype=dtype)
         made = layers.MultiHeadAttention(case.heads, IN // case.heads, **options)(query, query)
         return _keras_built(keras.Model(query, made))
-    elif case.kind in recurrent:
+    elif case.kind in recurrent and not (case.kind == "rnn" and dtype == "float64"):  # which Keras cannot run on JAX
         extra = {"reset_after": case.reset_after} if case.kind == "gru" else {}
         found = [recurrent[case.kind](5, return_sequences=True, dtype=dtype, **extra) for _ in range(case.layers)]
         found = [layers.Bidirectional(layer) for layer in found] if case.bidirectional else found
@@ -231,7 +240,7 @@ def _nnx(case: Case, dtype: str) -> Built | None:
         model = nnx.ConvTranspose(IN, OUT, case.kernel, strides=case.kernel, padding="VALID", rngs=rngs, **options)
     elif case.kind == "embedding":
         model = nnx.Embed(11, OUT, rngs=rngs, **options)
-    elif case.kind == "batch_norm":
+    elif case.kind == "batch_norm" and dtype == "float32":  # its statistics always are
         model = nnx.BatchNorm(
             IN, epsilon=1e-3, use_scale=case.scale, use_bias=case.bias, use_running_average=True, rngs=rngs, **options
         )
@@ -275,6 +284,8 @@ def _linen(case: Case, dtype: str) -> Built | None:
     elif case.kind == "embedding":
         module = linen.Embed(11, OUT, **options)
     elif case.kind == "batch_norm":
+        if dtype != "float32":  # its statistics always are
+            return None
         module = linen.BatchNorm(True, epsilon=1e-3, use_scale=case.scale, use_bias=case.bias, **options)
     elif case.kind == "layer_norm":
         module = linen.LayerNorm(epsilon=1e-3, use_bias=case.bias, use_fast_variance=False, **options)
@@ -298,7 +309,7 @@ def _linen(case: Case, dtype: str) -> Built | None:
 
     whole = Whole()
     variables = whole.init(jax.random.key(0), jnp.asarray(case.batch(np.random.default_rng(0), dtype)))
-    return Built(variables, lambda variables, batch: np.asarray(whole.apply(variables, jnp.asarray(batch))), whole.apply)
+    return Built(variables, lambda variables, batch: np.asarray(whole.apply(variables, jnp.asarray(batch))))
 
 
 # Equinox
@@ -364,7 +375,9 @@ def _haiku(case: Case, dtype: str) -> Built | None:
         if case.kind == "linear":
             return hk.Linear(OUT, with_bias=case.bias)(x)
         if case.kind == "conv":
-            return conv(OUT, case.kernel, rate=case.dilation, padding="VALID", with_bias=case.bias, feature_group_count=case.groups)(x)
+            return conv(
+                OUT, case.kernel, rate=case.dilation, padding="VALID", with_bias=case.bias, feature_group_count=case.groups
+            )(x)
         if case.kind == "conv_transpose":
             return transposed(OUT, case.kernel, stride=case.kernel, padding="VALID")(x)
         if case.kind == "embedding":
@@ -380,9 +393,21 @@ def _haiku(case: Case, dtype: str) -> Built | None:
         core = cores[case.kind](5)
         return hk.dynamic_unroll(core, x, core.initial_state(x.shape[0]), time_major=False)[0]
 
-    known = ("linear", "conv", "conv_transpose", "embedding", "batch_norm", "layer_norm", "rms_norm", "group_norm", "lstm", "gru")
+    known = (
+        "linear",
+        "conv",
+        "conv_transpose",
+        "embedding",
+        "batch_norm",
+        "layer_norm",
+        "rms_norm",
+        "group_norm",
+        "lstm",
+        "gru",
+    )
     plain = not case.bidirectional and case.layers == 1 and (case.kind != "gru" or not case.reset_after)
-    if case.kind not in known or not plain:
+    always_float32 = case.kind == "embedding" and dtype != "float32"
+    if case.kind not in known or not plain or always_float32:
         return None
     transformed = hk.without_apply_rng(hk.transform_with_state(function))
     params, state = transformed.init(jax.random.key(0), jnp.asarray(case.batch(np.random.default_rng(0), dtype)), True)
@@ -406,7 +431,6 @@ FRAMEWORKS: dict[str, Builder] = {
 
 def randomized(built: Built, rng: np.random.Generator) -> Built:
     """The same model with every number at random: positive for what is a variance, of both signs else."""
-    from dataclasses import replace
 
     def value(name: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
         noise = rng.standard_normal(shape) / 2
@@ -438,8 +462,14 @@ def _array(value: Callable[..., np.ndarray], path: Any, leaf: Any) -> jax.Array:
 
 def built(framework: str, case: Case, dtype: str, seed: int) -> Built | None:
     """The layer of a framework with random numbers, or None where the framework has no such layer."""
-    found = FRAMEWORKS[framework](case, dtype)
+    found = _built(framework, case, dtype, seed)
     return None if found is None else randomized(found, np.random.default_rng(seed))
+
+
+@functools.cache
+def _built(framework: str, case: Case, dtype: str, seed: int) -> Built | None:
+    """Built once, since compiling takes the time; `seed` tells apart those that are used together."""
+    return FRAMEWORKS[framework](case, dtype)
 
 
 assert os.environ.get("KERAS_BACKEND") == "jax", "the matrix runs in a process of its own"
