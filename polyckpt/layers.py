@@ -1,7 +1,8 @@
 """Layer kinds, the roles of their parameters, and the named axes of each role.
 
 A role's axes are a set: a producer stores them in its own order, which the manifest writes einops style ("out in",
-"in (gate unit)", "" for a 0-d tensor). Axes named alike within one layer have the same size.
+"in (gate unit)", "" for a 0-d tensor). Axes named alike within one layer have the same size. A recurrent layer that holds its
+gates apart has roles "<role>:<gate>". What entries of a layer's config mean is in FORMAT.md.
 
 ==============  =============================================================================================
 axis            meaning

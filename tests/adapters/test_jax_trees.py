@@ -237,7 +237,7 @@ def test_all_that_differs_is_in_one_error_and_strict_false_takes_the_rest(tmp_pa
 
 def test_a_checkpoint_of_another_framework_is_converted_but_not_rounded(tmp_path: Path) -> None:
     polyckpt.save(tmp_path / "c", {"w": np.array([1 / 3, 2.0])})
-    with pytest.raises(polyckpt.MismatchError, match="float64.*cast=True"):
+    with pytest.raises(polyckpt.MismatchError, match=r"float64.*cast=True"):
         polyckpt.load(tmp_path / "c", {"w": jnp.ones(2)})
     loaded = polyckpt.load(tmp_path / "c", {"w": jnp.ones(2)}, cast=True)
     assert loaded.model["w"].tolist() == [np.float32(1 / 3), 2.0]
