@@ -13,7 +13,7 @@ from polyckpt import conversion, objects, parity, plans, registry, residue, sche
 from polyckpt.adapter import NO_OPTIMIZER, Adapter, Parts, Restore, StoredModel, StoredOptimizer
 from polyckpt.checkpoint import Checkpoint, verify_all
 from polyckpt.conversion import Report
-from polyckpt.errors import CorruptError, MismatchError, Problem
+from polyckpt.errors import CorruptError, MismatchError, Problem, UnsupportedError
 from polyckpt.names import type_name
 from polyckpt.plans import Plan
 from polyckpt.scalars import Scalar, optional_number
@@ -154,7 +154,7 @@ def load(
     )
     native = _decode_native(checkpoint)
     parts = adapter.parts(model, optimizer)
-    if rules or plan is not None or _is_foreign(checkpoint, adapter, parts.model):
+    if rules or plan is not None or _is_foreign(checkpoint, adapter, parts.model, probed=native.get("probe") is not None):
         return _convert(checkpoint, native, adapter, model, optimizer, scheduler, extra or {}, options)
     restore_rng = (parts.optimizer is not None) if rng is None else rng
 
@@ -265,19 +265,25 @@ def _restored(
     )
 
 
-def _is_foreign(checkpoint: Checkpoint, adapter: Adapter, model: Any) -> bool:
+def _is_foreign(checkpoint: Checkpoint, adapter: Adapter, model: Any, *, probed: bool) -> bool:
     """Whether a model cannot be what was saved: another framework's, of another library's layers, or all its names differ."""
     if checkpoint.manifest.producer.adapter != adapter.name:
         return True
     described = checkpoint.manifest.model
     if described.type == type_name(model) and not isinstance(model, Mapping):
         return False
-    captured = adapter.capture_model(model)
+    try:
+        captured = adapter.capture_model(model)
+    except UnsupportedError:
+        if not probed:
+            raise
+        return True  # not built yet, which the probe does
     stored = checkpoint.weights.stored.keys()
     if captured.weights.keys() == stored:
         return False
     ours, theirs = ({layer.type.partition(".")[0] for layer in layers} for layers in (described.layers, captured.layers))
-    return bool(captured.weights and stored) and (ours.isdisjoint(theirs) or stored.isdisjoint(captured.weights))
+    of_others = bool(ours and theirs) and ours.isdisjoint(theirs)
+    return bool(captured.weights and stored) and (of_others or stored.isdisjoint(captured.weights))
 
 
 def _pairs(plan: Plan | str | os.PathLike[str] | None) -> Sequence[tuple[str, str, Flatten | None]]:

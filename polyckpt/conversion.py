@@ -374,8 +374,8 @@ def prepare(checkpoint: Checkpoint, probe: Probe | None, adapter: Adapter, model
     arguments: tuple[Any, ...] = ()
     if probe is not None:
         arguments = _turned(probe.arguments, source, target, options.probe_axes)
-        if adapter.name == "jax" and options.apply is None and not callable(model):
-            probe = None
+        if options.apply is None and not callable(model):
+            probe = None  # a tree of parameters: what they compute is known to `apply` alone
         else:
             first = parity.record(adapter, model, arguments, options.apply)
             target = Side.of(

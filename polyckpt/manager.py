@@ -12,7 +12,7 @@ import signal
 import time
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import TracebackType
@@ -178,6 +178,8 @@ class CheckpointManager:
         metrics: Mapping[str, Scalar] | None = None,
         lr: Scalar | Iterable[Scalar] | None = None,
         extra: Mapping[str, Any] | None = None,
+        probe: Any = None,
+        apply: Callable[..., Any] | None = None,
         force: bool = False,
     ) -> Path | None:
         """Tell where training is, and save it if that is due; returns the path of the checkpoint, or None.
@@ -215,6 +217,8 @@ class CheckpointManager:
             metrics=record.metrics,
             lr=lr,
             extra=extra,
+            probe=probe,
+            apply=apply,
         )
         if self._async and not preempted:
             captured.stage(self._staging)

@@ -15,6 +15,7 @@ from polyckpt.adapter import (
     ModelCapture,
     OptimizerCapture,
     Parts,
+    Recorder,
     Restore,
     StoredModel,
     StoredOptimizer,
@@ -90,6 +91,14 @@ class NumpyAdapter:
     def capture_rng(self) -> Any:
         # The bit generator behind np.random.* is MT19937 unless a program replaced it.
         return {"python": _python_state(random), "numpy": np.random.get_state(legacy=False)}
+
+    def trace(
+        self, model: Any, arguments: tuple[Any, ...], recorder: Recorder, apply: Callable[..., Any] | None
+    ) -> Sequence[np.ndarray]:
+        if apply is None:
+            raise UnsupportedError("model: arrays compute nothing by themselves: pass apply=, called as apply(model, batch)")
+        outputs = apply(model, *arguments)
+        return [np.asarray(each) for each in (outputs if isinstance(outputs, tuple | list) else [outputs])]
 
     def prepare_rng(self, tree: Any) -> Restore:
         state = _try(lambda: residue.live(tree), "rng")

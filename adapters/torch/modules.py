@@ -143,6 +143,8 @@ def _problems(
 ) -> Iterator[Problem]:
     by_memory: dict[Any, str] = {}
     for name, entry in live.items():
+        if _is_tensor(entry):
+            tensors.leaf(entry.value, f"model: {name}")  # raises where it cannot be written: lazy, meta, sharded
         if _is_tensor(entry) and entry.value.is_inference() and not torch.is_inference_mode_enabled():
             raise UnsupportedError(f"model: {name}: a tensor of inference mode can be written only there: load in that mode")
     for name, entry in live.items():
@@ -153,7 +155,6 @@ def _problems(
             yield Problem("dtype", section, name, stored=str(weights.get(name, "no tensor")), live=shown)
         elif _is_tensor(entry):
             stored = weights[name]
-            # Raises where the live tensor cannot be written either: lazy, meta, sharded.
             identity = tensors.leaf(entry.value, f"model: {name}").identity
             if stored.shape != tuple(entry.value.shape):
                 yield Problem("shape", section, name, stored=str(stored), live=shown)

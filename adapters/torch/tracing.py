@@ -46,7 +46,10 @@ def trace(model: Any, arguments: tuple[Any, ...], recorder: Recorder, apply: Cal
             return _run(apply, (model, *_inputs(arguments, "cpu", None)))
     tensors = [*model.parameters(), *model.buffers()]
     if any(nn.parameter.is_lazy(tensor) for tensor in tensors):
-        raise UnsupportedError("model: it has lazy parameters without a shape yet: run one forward pass first")
+        # The first batch gives them their shapes, here as in training; all else that it changes is no weight yet.
+        with _random_states_kept():
+            _run(model, _inputs(arguments, "cpu", None))
+        tensors = [*model.parameters(), *model.buffers()]
     inputs = _inputs(
         arguments,
         tensors[0].device if tensors else "cpu",

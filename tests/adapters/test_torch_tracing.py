@@ -296,8 +296,9 @@ def test_what_cannot_be_called_needs_a_function() -> None:
     assert np.allclose(outputs[0], x @ values(3, 2)) and not log.outputs
     with pytest.raises(UnsupportedError, match=r"model: it cannot be run on the batch: RuntimeError: .*4x7"):
         traced(nn.Linear(3, 2), values(4, 7))
-    with pytest.raises(UnsupportedError, match="lazy"):
-        traced(nn.LazyLinear(2), x)
+    lazy = nn.LazyLinear(2)
+    (output,), _ = traced(lazy, x)
+    assert lazy.weight.shape == (2, 3) and np.allclose(output, x @ lazy.weight.detach().numpy().T + lazy.bias.detach().numpy())
 
 
 def test_apply_says_how_the_model_is_called() -> None:

@@ -268,6 +268,45 @@ def test_a_probe_that_the_model_cannot_take(tmp_path: Path) -> None:
     refused(polyckpt.UnsupportedError, "cannot be run", path, Strange())
 
 
+class Lazy(nn.Module):
+    """Layers that learn their inputs from the first batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.LazyLinear(6)
+        self.outer = nn.LazyLinear(3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.outer(torch.tanh(self.inner(x)))
+
+
+def test_what_is_not_built_yet_is_built_by_the_probe(tmp_path: Path) -> None:
+    source = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3))
+    target = Lazy()
+    polyckpt.load(polyckpt.save(tmp_path / "probed", source, probe=BATCH), target)
+    assert same(source, target)
+    plain = polyckpt.save(tmp_path / "plain", source)
+    with pytest.raises(polyckpt.UnsupportedError, match=r"inner.weight: .*(lazy|uninitialized|batch)"):
+        polyckpt.load(plain, Lazy())
+    with pytest.raises(polyckpt.UnsupportedError, match=r"weight: .*(lazy|uninitialized|batch)"):
+        polyckpt.load(plain, nn.Sequential(nn.LazyLinear(6), nn.Tanh(), nn.LazyLinear(3)))
+
+
+def test_arrays_with_a_function_take_part(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    tree = {"w": rng.standard_normal((4, 3)).astype("float32"), "b": rng.standard_normal(3).astype("float32")}
+
+    def apply(tree: dict[str, np.ndarray], batch: np.ndarray) -> np.ndarray:
+        return batch @ tree["w"] + tree["b"]
+
+    path = polyckpt.save(tmp_path / "c", tree, probe=BATCH, apply=apply)
+    swapped = {"first": np.zeros((4, 3), "float32"), "second": np.zeros(3, "float32")}
+    result = polyckpt.load(path, swapped, apply=lambda tree, batch: batch @ tree["first"] + tree["second"])
+    assert np.array_equal(result.model["first"], tree["w"]) and result.report and result.report.parity
+    with pytest.raises(polyckpt.UnsupportedError, match="pass apply="):
+        polyckpt.save(tmp_path / "d", tree, probe=BATCH)
+
+
 def test_an_optimizer_does_not_travel_yet(plain: Path) -> None:
     target = Target()
     with pytest.raises(MismatchError, match="optimizer cannot"):
