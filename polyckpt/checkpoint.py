@@ -78,6 +78,10 @@ class StoredTensor:
         """The tensor as a NumPy array of its own element type; writing to it changes no file."""
         return self.raw().view(lookup(self.dtype, self.name).numpy).reshape(self.shape)
 
+    def strided(self) -> np.ndarray:
+        """As `numpy`, but in any order of memory, for who can copy from it faster than it could be put in order."""
+        return self.numpy()
+
     def _assembled(self) -> np.ndarray:
         dtype = lookup(self.dtype, self.name).numpy
         # All chunks first: a manifest may claim more than the files hold, and memory is not taken on its word.

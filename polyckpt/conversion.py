@@ -21,7 +21,7 @@ from polyckpt.checkpoint import Checkpoint, StoredTensor, verify_all
 from polyckpt.checksums import checksum
 from polyckpt.dtypes import lookup, widens
 from polyckpt.errors import AmbiguityError, MismatchError, ParityError, PlanError, Problem, UnsupportedError
-from polyckpt.layouts import aligned
+from polyckpt.layouts import aligned, contiguous
 from polyckpt.leaves import Leaf
 from polyckpt.matching import PROOFS, compatible
 from polyckpt.moves import Exactness, Loss, Move
@@ -109,9 +109,12 @@ class Converted(StoredTensor):
             stored.verify()
 
     def raw(self) -> np.ndarray:
-        return np.ascontiguousarray(self.numpy()).reshape(-1).view(np.uint8)
+        return self.numpy().reshape(-1).view(np.uint8)
 
     def numpy(self) -> np.ndarray:
+        return contiguous(self.strided())
+
+    def strided(self) -> np.ndarray:
         """The tensor in the layout of the live model: a view of the stored one where only axes were moved."""
         dtype = lookup(self.dtype, self.name).numpy
         if self._is_one_view:

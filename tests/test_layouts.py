@@ -7,10 +7,11 @@ import math
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from polyckpt.layouts import Piece, aligned
+from polyckpt.layouts import Piece, aligned, contiguous
 
 NAMES = "abcde"
 
@@ -98,6 +99,16 @@ def test_moving_axes_copies_nothing() -> None:
     source = Piece("w", tuple((a,) for a in "oikl"), dict(zip("oikl", kernel.shape, strict=True)), tuple((a,) for a in "oikl"))
     target = Piece("k", tuple((a,) for a in "klio"), dict(zip("oikl", kernel.shape, strict=True)), tuple((a,) for a in "oikl"))
     assert np.shares_memory(target.whole(aligned(source, kernel, target)), kernel)
+
+
+@pytest.mark.parametrize("shape", [(300, 517), (129, 5, 260), (3, 3, 130, 257), (1, 700, 1, 130), (70_001,)])
+def test_a_copy_in_blocks_is_a_copy(shape: tuple[int, ...]) -> None:
+    values = np.random.default_rng(0).random(shape)
+    for order in itertools.islice(itertools.permutations(range(len(shape))), 12):
+        view = values.transpose(order)
+        copy = contiguous(view)
+        assert copy.flags.c_contiguous and np.array_equal(copy, view)
+    assert np.array_equal(contiguous(values[::-1]), values[::-1])
 
 
 def test_scalars_and_axes_of_size_one() -> None:

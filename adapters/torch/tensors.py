@@ -54,7 +54,7 @@ def leaf(tensor: torch.Tensor, what: str) -> Leaf:
 
 def mapped(stored: StoredTensor) -> torch.Tensor:
     """A stored tensor as a CPU tensor over the file's private map: to be copied from, not kept."""
-    values = stored.numpy()
+    values = stored.strided()
     if any(stride < 0 for stride in values.strides):
         values = np.ascontiguousarray(values)
     if values.dtype.isbuiltin != 1:
