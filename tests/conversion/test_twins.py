@@ -7,13 +7,15 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 from typing import Any
 
 import pytest
 
 from tests.sealing import REPOSITORY
 
-TWINS = [("keras", "U-Net"), ("keras", "BERT"), ("keras", "GPT-2"), ("keras", "BiLSTM tagger")]
+MODELS = ["U-Net", "BERT", "GPT-2", "BiLSTM tagger"]
+TWINS = [(framework, model) for framework in ("keras", "nnx", "linen") for model in MODELS]
 
 
 @functools.cache
@@ -21,8 +23,11 @@ def results(framework: str) -> dict[str, dict[str, Any]]:
     # Nearly all the time goes into compiling functions that run once.
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
     env = {**os.environ, "KERAS_BACKEND": "jax", "JAX_PLATFORMS": "cpu", "XLA_FLAGS": quick}
+    env |= {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
     command = [sys.executable, "-m", "tests.conversion.twins", framework]
-    done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
+    with tempfile.TemporaryDirectory() as cache:
+        env |= {"JAX_COMPILATION_CACHE_DIR": cache}
+        done = subprocess.run(command, cwd=REPOSITORY, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     found: dict[str, dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
     return found

@@ -6,6 +6,7 @@ Run as: python -m tests.conversion.twins FRAMEWORK, with KERAS_BACKEND set to ja
 
 from __future__ import annotations
 
+import functools
 import json
 import sys
 import tempfile
@@ -14,10 +15,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import flax.linen as linen
+import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
 import torch
+from flax import nnx
 from keras import layers
 from torch import nn
 
@@ -132,8 +136,234 @@ def keras_tagger() -> Twin:
     return _keras_twin(keras.Model(words, layers.Dense(6)(x)))
 
 
+# Flax nnx: modules in lists, activations as functions
+
+
+def _nnx_twin(model: nnx.Module) -> Twin:
+    model.eval()
+    return Twin(model, lambda model, batch: model(batch))
+
+
+class ConvNormTwice(nnx.Module):
+    """One stage of a U-Net."""
+
+    def __init__(self, inputs: int, outputs: int, rngs: nnx.Rngs) -> None:
+        self.convs = nnx.List(nnx.Conv(size, outputs, (3, 3), rngs=rngs) for size in (inputs, outputs))
+        self.norms = nnx.List(nnx.BatchNorm(outputs, rngs=rngs) for _ in range(2))
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = nnx.relu(norm(conv(x)))
+        return x
+
+
+class NnxUNet(nnx.Module):
+    """All stages down before all stages up."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.output = nnx.Conv(6, 4, (1, 1), rngs=rngs)
+        self.encoder = nnx.List(ConvNormTwice(*sizes, rngs) for sizes in ((3, 6), (6, 10)))
+        self.bottleneck = ConvNormTwice(10, 14, rngs)
+        self.decoder = nnx.List(ConvNormTwice(2 * size, size, rngs) for size in (10, 6))
+        upsampling = ((14, 10), (10, 6))
+        self.upsample = nnx.List(nnx.ConvTranspose(*sizes, (2, 2), strides=2, rngs=rngs) for sizes in upsampling)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        skips = []
+        for stage in self.encoder:
+            skips.append(stage(x))
+            x = nnx.max_pool(skips[-1], (2, 2), strides=(2, 2))
+        x = self.bottleneck(x)
+        for up, stage in zip(self.upsample, self.decoder, strict=True):
+            x = stage(jnp.concatenate([skips.pop(), up(x)], -1))
+        return self.output(x)
+
+
+class NnxEncoderLayer(nnx.Module):
+    """A norm after each of attention and feed-forward."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        norm = functools.partial(nnx.LayerNorm, WIDTH, epsilon=1e-12, use_fast_variance=False, rngs=rngs)
+        self.ln1, self.ln2 = norm(), norm()
+        self.attention = nnx.MultiHeadAttention(HEADS, WIDTH, decode=False, rngs=rngs)
+        self.wi, self.wo = nnx.Linear(WIDTH, HIDDEN, rngs=rngs), nnx.Linear(HIDDEN, WIDTH, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = self.ln1(x + self.attention(x))
+        return self.ln2(x + self.wo(nnx.gelu(self.wi(x), approximate=False)))
+
+
+class NnxBert(nnx.Module):
+    """Its layers are made before its embeddings, which run first."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.layers = nnx.List(NnxEncoderLayer(rngs) for _ in range(BLOCKS))
+        self.pool = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+        self.words, self.places, self.segments = (nnx.Embed(n, WIDTH, rngs=rngs) for n in (VOCABULARY, POSITIONS, 2))
+        self.ln = nnx.LayerNorm(WIDTH, epsilon=1e-12, use_fast_variance=False, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        places = jnp.arange(tokens.shape[1])[None]
+        x = self.ln(self.words(tokens) + self.places(places) + self.segments(jnp.zeros_like(tokens)))
+        for layer in self.layers:
+            x = layer(x)
+        return x, jnp.tanh(self.pool(x[:, 0]))
+
+
+class NnxDecoderLayer(nnx.Module):
+    """A norm before each of attention and feed-forward."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.norms = nnx.List(nnx.LayerNorm(WIDTH, epsilon=1e-5, use_fast_variance=False, rngs=rngs) for _ in range(2))
+        self.qkv_proj, self.out_proj = nnx.Linear(WIDTH, 3 * WIDTH, rngs=rngs), nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+        self.mlp = nnx.Sequential(
+            nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs),
+            nnx.gelu,  # by its tanh, as it stands
+            nnx.Linear(4 * WIDTH, WIDTH, rngs=rngs),
+        )
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        first, second = self.norms
+        x = x + self.out_proj(causal(self.qkv_proj(first(x))))
+        return x + self.mlp(second(x))
+
+
+def causal(packed: jax.Array) -> jax.Array:
+    """Attention of queries, keys and values that lie side by side."""
+    heads = packed.reshape(*packed.shape[:-1], 3, HEADS, WIDTH // HEADS)
+    query, key, value = (heads[..., part, :, :] for part in range(3))
+    mixed = jax.nn.dot_product_attention(query, key, value, is_causal=True)
+    return mixed.reshape(*packed.shape[:-1], WIDTH)
+
+
+class NnxGpt(nnx.Module):
+    """Tokens and places in embeddings of their own."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.tok_embed, self.pos_embed = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs), nnx.Embed(POSITIONS, WIDTH, rngs=rngs)
+        self.layers = nnx.List(NnxDecoderLayer(rngs) for _ in range(BLOCKS))
+        self.final_norm = nnx.LayerNorm(WIDTH, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        x = self.tok_embed(tokens) + self.pos_embed(jnp.arange(tokens.shape[-1]))
+        for layer in self.layers:
+            x = layer(x)
+        return self.final_norm(x)
+
+
+class NnxTagger(nnx.Module):
+    """Cells that are run both ways."""
+
+    def __init__(self, rngs: nnx.Rngs) -> None:
+        self.lookup = nnx.Embed(31, 7, rngs=rngs)
+        self.recurrent = nnx.List(
+            nnx.Bidirectional(*(nnx.RNN(nnx.OptimizedLSTMCell(size, 5, rngs=rngs)) for _ in range(2))) for size in (7, 10, 10)
+        )
+        self.dense = nnx.List(nnx.Linear(10, size, rngs=rngs) for size in (10, 10, 6))
+
+    def __call__(self, words: jax.Array) -> jax.Array:
+        x = self.lookup(words)
+        for layer in self.recurrent:
+            x = layer(x)
+        one, two, scores = self.dense
+        return scores(jnp.tanh(two(jnp.tanh(one(x)))))
+
+
+NNX = {"U-Net": NnxUNet, "BERT": NnxBert, "GPT-2": NnxGpt, "BiLSTM tagger": NnxTagger}
+
+
+# Flax linen: layers are made where they are called, under automatic names; a model is a dict of its variables
+
+
+def _linen_twin(module: linen.Module, batch: Any) -> Twin:
+    variables = module.init(jax.random.key(0), batch)
+    return Twin(variables, module.apply, module.apply)
+
+
+class LinenUNet(linen.Module):
+    """Stages are loops."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def stage(x: jax.Array, features: int) -> jax.Array:
+            for _ in range(2):
+                x = linen.relu(linen.BatchNorm(use_running_average=True)(linen.Conv(features, (3, 3))(x)))
+            return x
+
+        skips = []
+        for features in (6, 10):
+            skips.append(stage(x, features))
+            x = linen.max_pool(skips[-1], (2, 2), strides=(2, 2))
+        x = stage(x, 14)
+        for features in (10, 6):
+            x = linen.ConvTranspose(features, (2, 2), strides=(2, 2))(x)
+            x = stage(jnp.concatenate([skips.pop(), x], -1), features)
+        return linen.Conv(4, (1, 1))(x)
+
+
+class LinenBlock(linen.Module):
+    """A layer of BERT."""
+
+    @linen.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        norm = functools.partial(linen.LayerNorm, epsilon=1e-12, use_fast_variance=False)
+        x = norm()(x + linen.MultiHeadDotProductAttention(HEADS)(x))
+        y = linen.gelu(linen.Dense(HIDDEN)(x), approximate=False)
+        return norm()(x + linen.Dense(WIDTH)(y))
+
+
+class LinenBert(linen.Module):
+    """Three embeddings, which are added."""
+
+    @linen.compact
+    def __call__(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x = linen.Embed(VOCABULARY, WIDTH)(tokens)
+        x += linen.Embed(POSITIONS, WIDTH)(jnp.arange(tokens.shape[1]))
+        x += linen.Embed(2, WIDTH)(jnp.zeros_like(tokens))
+        x = linen.LayerNorm(epsilon=1e-12, use_fast_variance=False)(x)
+        for _ in range(BLOCKS):
+            x = LinenBlock()(x)
+        return x, linen.tanh(linen.Dense(WIDTH)(x[:, 0]))
+
+
+class LinenGpt(linen.Module):
+    """One flat module."""
+
+    @linen.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        norm = functools.partial(linen.LayerNorm, epsilon=1e-5, use_fast_variance=False)
+        x = linen.Embed(VOCABULARY, WIDTH)(tokens) + linen.Embed(POSITIONS, WIDTH)(jnp.arange(tokens.shape[1]))
+        for _ in range(BLOCKS):
+            x += linen.Dense(WIDTH)(causal(linen.Dense(3 * WIDTH)(norm()(x))))
+            x += linen.Dense(WIDTH)(linen.gelu(linen.Dense(4 * WIDTH)(norm()(x))))
+        return norm()(x)
+
+
+class LinenTagger(linen.Module):
+    """Cells that are run both ways."""
+
+    def setup(self) -> None:
+        self.embed = linen.Embed(31, 7)
+        self.layers = [
+            linen.Bidirectional(linen.RNN(linen.OptimizedLSTMCell(5)), linen.RNN(linen.OptimizedLSTMCell(5))) for _ in range(3)
+        ]
+        self.classifier = [linen.Dense(size) for size in (10, 10, 6)]
+
+    def __call__(self, words: jax.Array) -> jax.Array:
+        x = self.embed(words)
+        for layer in self.layers:
+            x = layer(x)
+        one, two, scores = self.classifier
+        return scores(linen.tanh(two(linen.tanh(one(x)))))
+
+
+LINEN = {"U-Net": LinenUNet, "BERT": LinenBert, "GPT-2": LinenGpt, "BiLSTM tagger": LinenTagger}
+
+
 TWINS: dict[str, dict[str, Callable[[], Twin]]] = {
     "keras": {"U-Net": keras_unet, "BERT": keras_bert, "GPT-2": keras_gpt, "BiLSTM tagger": keras_tagger},
+    "nnx": {name: lambda module=module: _nnx_twin(module(nnx.Rngs(0))) for name, module in NNX.items()},
+    "linen": {name: lambda name=name: _linen_twin(LINEN[name](), example(name)) for name in LINEN},
 }
 """Framework -> model of torch_models -> its twin."""
 
@@ -148,7 +378,7 @@ def outcome(framework: str, name: str) -> dict[str, Any]:
     """
     ours, batch = _torch_model(name, 1)
     twin = TWINS[framework][name]()
-    turned = np.moveaxis(batch, 1, -1) if name == "U-Net" and framework not in ("equinox",) else batch
+    turned = batch if framework == "equinox" else channels_last(batch)
     expected = _called(ours, batch)
     unlike = _apart(expected, _first(twin.call(twin.model, jnp.asarray(turned))))
     with tempfile.TemporaryDirectory() as directory:
@@ -164,6 +394,15 @@ def outcome(framework: str, name: str) -> dict[str, Any]:
         "back": _apart(expected, _called(again, batch)),
         "agrees": len(reports) == 2 and all(reports),
     }
+
+
+def example(name: str) -> jax.Array:
+    """The batch of a model, as all but torch and Equinox have it."""
+    return jnp.asarray(channels_last(MODELS[name]()[1]))
+
+
+def channels_last(batch: np.ndarray) -> np.ndarray:
+    return np.moveaxis(batch, 1, -1) if batch.ndim == 4 else batch
 
 
 def _torch_model(name: str, seed: int) -> tuple[nn.Module, np.ndarray]:
