@@ -214,7 +214,8 @@ def sharding(live: Any) -> jax.sharding.Sharding | None:
 def placed(host: np.ndarray, where: jax.sharding.Sharding | None, *, impl: str | None = None, weak: bool = False) -> jax.Array:
     """A JAX array of its own with the bits of `host`."""
     # On a CPU device_put may alias what it is given, in spite of may_alias=False: let that be a copy nobody else has.
-    host = host.copy()
+    if host.base is not None:
+        host = host.copy()
     array: Any = host
     if impl is not None:
         array = jax.random.wrap_key_data(jnp.asarray(host), impl=impl)

@@ -160,7 +160,11 @@ def _problems(
                 yield Problem("shape", section, name, stored=str(stored), live=shown)
             elif stored.dtype != tensors.DTYPE_NAMES.get(entry.value.dtype):
                 yield Problem("dtype", section, name, stored=str(stored), live=shown)
-            elif identity is not None and weights[first := by_memory.setdefault(identity, name)].checksums != stored.checksums:
+            elif (
+                identity is not None
+                and (first := by_memory.setdefault(identity, name)) != name
+                and weights[first].checksums != stored.checksums
+            ):
                 yield Problem(
                     "value", section, name, stored=f"values of its own, not those of {first}", live=f"one tensor with {first}"
                 )
