@@ -1,7 +1,7 @@
 """The models of torch_models, written again as people write them in other frameworks: other names, another structure, the
 same function. Converts each there and back with no rules and prints JSON.
 
-Run as: python -m tests.conversion.twins FRAMEWORK, with KERAS_BACKEND set to jax.
+Run as: python -m tests.conversion.twins, with KERAS_BACKEND set to jax.
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import equinox as eqx
 import flax.linen as linen
+import haiku as hk
 import jax
 import jax.numpy as jnp
 import keras
@@ -339,33 +341,184 @@ class LinenGpt(linen.Module):
         return norm()(x)
 
 
-class LinenTagger(linen.Module):
-    """Cells that are run both ways."""
+LINEN = {"U-Net": LinenUNet, "BERT": LinenBert, "GPT-2": LinenGpt}
 
-    def setup(self) -> None:
-        self.embed = linen.Embed(31, 7)
-        self.layers = [
-            linen.Bidirectional(linen.RNN(linen.OptimizedLSTMCell(5)), linen.RNN(linen.OptimizedLSTMCell(5))) for _ in range(3)
-        ]
-        self.classifier = [linen.Dense(size) for size in (10, 10, 6)]
 
-    def __call__(self, words: jax.Array) -> jax.Array:
-        x = self.embed(words)
+# Equinox: modules for one example
+
+
+def _equinox_twin(model: Any) -> Twin:
+    return Twin(model, lambda model, batch: jax.vmap(model)(batch))
+
+
+class EqxEncoderLayer(eqx.Module):
+    """A norm after each of attention and feed-forward."""
+
+    attention: eqx.nn.MultiheadAttention
+    attention_norm: eqx.nn.LayerNorm
+    up: eqx.nn.Linear
+    down: eqx.nn.Linear
+    output_norm: eqx.nn.LayerNorm
+
+    def __init__(self, key: jax.Array) -> None:
+        biases = dict.fromkeys(("use_query_bias", "use_key_bias", "use_value_bias", "use_output_bias"), True)
+        self.attention = eqx.nn.MultiheadAttention(HEADS, WIDTH, key=key, **biases)
+        self.attention_norm, self.output_norm = (eqx.nn.LayerNorm(WIDTH, eps=1e-12) for _ in range(2))
+        self.up, self.down = eqx.nn.Linear(WIDTH, HIDDEN, key=key), eqx.nn.Linear(HIDDEN, WIDTH, key=key)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = jax.vmap(self.attention_norm)(x + self.attention(x, x, x))
+        y = jax.nn.gelu(jax.vmap(self.up)(x), approximate=False)
+        return jax.vmap(self.output_norm)(x + jax.vmap(self.down)(y))
+
+
+class EqxBert(eqx.Module):
+    """Each position is looked up by itself."""
+
+    words: eqx.nn.Embedding
+    segments: eqx.nn.Embedding
+    positions: eqx.nn.Embedding
+    norm: eqx.nn.LayerNorm
+    layers: list[EqxEncoderLayer]
+    pooler: eqx.nn.Linear
+
+    def __init__(self, key: jax.Array) -> None:
+        sizes = (VOCABULARY, 2, POSITIONS)
+        self.words, self.segments, self.positions = (eqx.nn.Embedding(size, WIDTH, key=key) for size in sizes)
+        self.norm = eqx.nn.LayerNorm(WIDTH, eps=1e-12)
+        self.layers = [EqxEncoderLayer(key) for _ in range(BLOCKS)]
+        self.pooler = eqx.nn.Linear(WIDTH, WIDTH, key=key)
+
+    def __call__(self, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        places = jnp.arange(len(tokens))
+        x = jax.vmap(self.words)(tokens) + jax.vmap(self.positions)(places) + jax.vmap(self.segments)(jnp.zeros_like(tokens))
+        x = jax.vmap(self.norm)(x)
         for layer in self.layers:
             x = layer(x)
-        one, two, scores = self.classifier
-        return scores(linen.tanh(two(linen.tanh(one(x)))))
+        return x, jnp.tanh(self.pooler(x[0]))
 
 
-LINEN = {"U-Net": LinenUNet, "BERT": LinenBert, "GPT-2": LinenGpt, "BiLSTM tagger": LinenTagger}
+class EqxGptLayer(eqx.Module):
+    """Linear layers in one list, norms in another."""
+
+    norms: list[eqx.nn.LayerNorm]
+    linears: list[eqx.nn.Linear]
+
+    def __init__(self, key: jax.Array) -> None:
+        sizes = ((WIDTH, 3 * WIDTH), (WIDTH, WIDTH), (WIDTH, 4 * WIDTH), (4 * WIDTH, WIDTH))
+        self.norms = [eqx.nn.LayerNorm(WIDTH) for _ in range(2)]
+        self.linears = [eqx.nn.Linear(*size, key=key) for size in sizes]
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        attention_norm, norm = map(jax.vmap, self.norms)
+        packed, project, up, down = map(jax.vmap, self.linears)
+        x = x + project(causal(packed(attention_norm(x))))
+        return x + down(jax.nn.gelu(up(norm(x))))
+
+
+class EqxGpt(eqx.Module):
+    """Tokens and places in embeddings of their own."""
+
+    embeddings: list[eqx.nn.Embedding]
+    layers: list[EqxGptLayer]
+    norm: eqx.nn.LayerNorm
+
+    def __init__(self, key: jax.Array) -> None:
+        self.embeddings = [eqx.nn.Embedding(size, WIDTH, key=key) for size in (VOCABULARY, POSITIONS)]
+        self.layers = [EqxGptLayer(key) for _ in range(BLOCKS)]
+        self.norm = eqx.nn.LayerNorm(WIDTH)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        words, places = map(jax.vmap, self.embeddings)
+        x = words(tokens) + places(jnp.arange(len(tokens)))
+        for layer in self.layers:
+            x = layer(x)
+        return jax.vmap(self.norm)(x)
+
+
+class EqxTagger(eqx.Module):
+    """Cells that are scanned over a sequence, forwards and backwards."""
+
+    embed: eqx.nn.Embedding
+    forward: list[eqx.nn.LSTMCell]
+    backward: list[eqx.nn.LSTMCell]
+    head: eqx.nn.Sequential
+
+    def __init__(self, key: jax.Array) -> None:
+        self.embed = eqx.nn.Embedding(31, 7, key=key)
+        self.forward, self.backward = ([eqx.nn.LSTMCell(size, 5, key=key) for size in (7, 10, 10)] for _ in range(2))
+        one, two, scores = (eqx.nn.Linear(10, size, key=key) for size in (10, 10, 6))
+        tanh = eqx.nn.Lambda(jnp.tanh)
+        self.head = eqx.nn.Sequential([one, tanh, two, tanh, scores])
+
+    def __call__(self, words: jax.Array) -> jax.Array:
+        x = jax.vmap(self.embed)(words)
+        for cells in zip(self.forward, self.backward, strict=True):
+            x = jnp.concatenate([_scanned(cell, x, reverse=place == 1) for place, cell in enumerate(cells)], -1)
+        return jax.vmap(self.head)(x)
+
+
+def _scanned(cell: eqx.nn.LSTMCell, x: jax.Array, *, reverse: bool) -> jax.Array:
+    def step(carry: tuple[jax.Array, jax.Array], each: jax.Array) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
+        carry = cell(each, carry)
+        return carry, carry[0]
+
+    return jax.lax.scan(step, (jnp.zeros(5), jnp.zeros(5)), x, reverse=reverse)[1]
+
+
+EQUINOX: dict[str, Callable[[jax.Array], Any]] = {"BERT": EqxBert, "GPT-2": EqxGpt, "BiLSTM tagger": EqxTagger}
+
+
+# Haiku: functions; a model is the dict of its parameters, beside that of its state where it has one
+
+
+def _haiku_twin(function: Callable[[Any], Any], batch: Any) -> Twin:
+    transformed = hk.without_apply_rng(hk.transform_with_state(function))
+    params, state = transformed.init(jax.random.key(0), batch)
+
+    def call(model: Any, batch: Any) -> Any:
+        return transformed.apply(model["params"], model["state"], batch)[0]
+
+    return Twin({"params": params, "state": state}, call, call)
+
+
+def haiku_bert(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def norm(x: jax.Array) -> jax.Array:
+        return hk.LayerNorm(-1, True, True, eps=1e-12)(x)
+
+    x = hk.Embed(VOCABULARY, WIDTH, name="token_embedding")(tokens)
+    x += hk.Embed(POSITIONS, WIDTH, name="position_embedding")(jnp.arange(tokens.shape[1]))
+    x += hk.Embed(2, WIDTH, name="segment_embedding")(jnp.zeros_like(tokens))
+    x = norm(x)
+    initial = hk.initializers.VarianceScaling(1.0)
+    for _ in range(BLOCKS):
+        x = norm(x + hk.MultiHeadAttention(HEADS, WIDTH // HEADS, w_init=initial, model_size=WIDTH)(x, x, x))
+        x = norm(x + hk.Linear(WIDTH)(jax.nn.gelu(hk.Linear(HIDDEN)(x), approximate=False)))
+    return x, jnp.tanh(hk.Linear(WIDTH, name="pooler")(x[:, 0]))
+
+
+def haiku_gpt(tokens: jax.Array) -> jax.Array:
+    def norm(x: jax.Array) -> jax.Array:
+        return hk.LayerNorm(-1, True, True)(x)
+
+    x = hk.Embed(VOCABULARY, WIDTH)(tokens) + hk.Embed(POSITIONS, WIDTH)(jnp.arange(tokens.shape[1]))
+    for _ in range(BLOCKS):
+        x += hk.Linear(WIDTH, name="project")(causal(hk.Linear(3 * WIDTH, name="qkv")(norm(x))))
+        x += hk.nets.MLP([4 * WIDTH, WIDTH], activation=jax.nn.gelu)(norm(x))
+    return norm(x)
+
+
+HAIKU = {"BERT": haiku_bert, "GPT-2": haiku_gpt}
 
 
 TWINS: dict[str, dict[str, Callable[[], Twin]]] = {
     "keras": {"U-Net": keras_unet, "BERT": keras_bert, "GPT-2": keras_gpt, "BiLSTM tagger": keras_tagger},
     "nnx": {name: lambda module=module: _nnx_twin(module(nnx.Rngs(0))) for name, module in NNX.items()},
     "linen": {name: lambda name=name: _linen_twin(LINEN[name](), example(name)) for name in LINEN},
+    "equinox": {name: lambda make=make: _equinox_twin(make(jax.random.key(0))) for name, make in EQUINOX.items()},
+    "haiku": {name: lambda name=name: _haiku_twin(HAIKU[name], example(name)) for name in HAIKU},
 }
-"""Framework -> model of torch_models -> its twin."""
+"""Framework -> model of torch_models -> its twin. Cells of linen are left out: tracing them takes too long."""
 
 
 # There and back
@@ -378,7 +531,7 @@ def outcome(framework: str, name: str) -> dict[str, Any]:
     """
     ours, batch = _torch_model(name, 1)
     twin = TWINS[framework][name]()
-    turned = batch if framework == "equinox" else channels_last(batch)
+    turned = channels_last(batch)
     expected = _called(ours, batch)
     unlike = _apart(expected, _first(twin.call(twin.model, jnp.asarray(turned))))
     with tempfile.TemporaryDirectory() as directory:
@@ -397,7 +550,7 @@ def outcome(framework: str, name: str) -> dict[str, Any]:
 
 
 def example(name: str) -> jax.Array:
-    """The batch of a model, as all but torch and Equinox have it."""
+    """The batch of a model, with the channels last."""
     return jnp.asarray(channels_last(MODELS[name]()[1]))
 
 
@@ -431,4 +584,4 @@ if __name__ == "__main__":
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    sys.stdout.write(json.dumps({name: outcome(sys.argv[1], name) for name in TWINS[sys.argv[1]]}))
+    sys.stdout.write(json.dumps({name: {model: outcome(name, model) for model in twins} for name, twins in TWINS.items()}))
