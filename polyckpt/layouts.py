@@ -89,7 +89,7 @@ def contiguous(view: np.ndarray) -> np.ndarray:
     (16, 8)
     """
     if view.flags.c_contiguous or view.nbytes < _LARGE_BYTES:
-        return np.ascontiguousarray(view)
+        return np.ascontiguousarray(view).reshape(view.shape)  # which makes one axis of none
     copy = np.empty(view.shape, view.dtype)
     nearest = min(range(view.ndim), key=lambda axis: (view.shape[axis] == 1, abs(view.strides[axis])))
     last = max(axis for axis in range(view.ndim) if view.shape[axis] > 1)

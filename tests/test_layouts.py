@@ -109,6 +109,7 @@ def test_a_copy_in_blocks_is_a_copy(shape: tuple[int, ...]) -> None:
         copy = contiguous(view)
         assert copy.flags.c_contiguous and np.array_equal(copy, view)
     assert np.array_equal(contiguous(values[::-1]), values[::-1])
+    assert contiguous(np.array(7)).shape == ()
 
 
 def test_scalars_and_axes_of_size_one() -> None:
