@@ -8,7 +8,9 @@ before every part of a load has been prepared, and what cannot be rolled back mu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
 
@@ -16,7 +18,7 @@ import numpy as np
 
 from polyckpt import schema
 from polyckpt.checkpoint import StoredTensor
-from polyckpt.errors import Problem
+from polyckpt.errors import Problem, UnsupportedError
 from polyckpt.leaves import Leaf
 from polyckpt.residue import Constant
 
@@ -133,6 +135,29 @@ def another_kind(value: Any, kind: str, path: str) -> Restore:
     """The refusal to restore what was stored as a `kind` into a live `value` that is none."""
     problem = Problem("value", "extra", path, stored=f"a {kind}", live=f"a {type(value).__name__}")
     return Restore(apply=lambda: value, problems=[problem])
+
+
+@contextlib.contextmanager
+def running() -> Iterator[None]:
+    """In this block a model runs on a batch, for `Adapter.trace`: what it raises becomes an UnsupportedError, and Python's and
+    NumPy's random states are put back.
+    """
+    python, numpy = random.getstate(), np.random.get_state()
+    try:
+        yield
+    except UnsupportedError:
+        raise
+    except Exception as error:
+        raise UnsupportedError(f"model: it cannot be run on the batch: {type(error).__name__}: {error}") from error
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+
+
+def uncallable(model: Any) -> UnsupportedError:
+    """The refusal to run what is no function."""
+    kind = type(model).__name__
+    return UnsupportedError(f"model: a {kind} cannot be called: pass apply=, a function of it and the batch")
 
 
 class Adapter(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -154,12 +155,20 @@ def load(
     )
     native = _decode_native(checkpoint)
     parts = adapter.parts(model, optimizer)
-    if rules or plan is not None or _is_foreign(checkpoint, adapter, parts.model, probed=native.get("probe") is not None):
-        return _convert(checkpoint, native, adapter, model, optimizer, scheduler, extra or {}, options)
+    convert = functools.partial(_convert, checkpoint, native, adapter, model, optimizer, scheduler, extra or {}, options)
+    if rules or plan is not None or checkpoint.manifest.producer.adapter != adapter.name:
+        return convert()
     restore_rng = (parts.optimizer is not None) if rng is None else rng
 
-    with _readable(checkpoint):
-        prepared = _prepare(checkpoint, native, adapter, parts, scheduler, extra or {}, restore_rng)
+    try:
+        with _readable(checkpoint):
+            prepared = _prepare(checkpoint, native, adapter, parts, scheduler, extra or {}, restore_rng)
+    except UnsupportedError:
+        if native.get("probe") is None or _is_of_one_class(checkpoint, parts.model):
+            raise
+        return convert()  # not built yet, which the probe does
+    if prepared["model"].problems and _is_of_another_library(checkpoint, adapter, parts.model):
+        return convert()
     problems = tuple(problem for restore in prepared.values() for problem in restore.problems)
     if problems and strict:
         raise MismatchError(
@@ -265,23 +274,20 @@ def _restored(
     )
 
 
-def _is_foreign(checkpoint: Checkpoint, adapter: Adapter, model: Any, *, probed: bool) -> bool:
-    """Whether a model cannot be what was saved: another framework's, of another library's layers, or all its names differ."""
-    if checkpoint.manifest.producer.adapter != adapter.name:
-        return True
-    described = checkpoint.manifest.model
-    if described.type == type_name(model) and not isinstance(model, Mapping):
+def _is_of_one_class(checkpoint: Checkpoint, model: Any) -> bool:
+    """Whether a model is of the class that was saved, and that class says what it holds."""
+    return checkpoint.manifest.model.type == type_name(model) and not isinstance(model, Mapping)
+
+
+def _is_of_another_library(checkpoint: Checkpoint, adapter: Adapter, model: Any) -> bool:
+    """Whether a model of the adapter that saved cannot be what was saved: of another library's layers, or all names differ."""
+    if _is_of_one_class(checkpoint, model):
         return False
-    try:
-        captured = adapter.capture_model(model)
-    except UnsupportedError:
-        if not probed:
-            raise
-        return True  # not built yet, which the probe does
+    captured = adapter.capture_model(model)
     stored = checkpoint.weights.stored.keys()
-    if captured.weights.keys() == stored:
-        return False
-    ours, theirs = ({layer.type.partition(".")[0] for layer in layers} for layers in (described.layers, captured.layers))
+    ours, theirs = (
+        {layer.type.partition(".")[0] for layer in layers} for layers in (checkpoint.manifest.model.layers, captured.layers)
+    )
     of_others = bool(ours and theirs) and ours.isdisjoint(theirs)
     return bool(captured.weights and stored) and (of_others or stored.isdisjoint(captured.weights))
 

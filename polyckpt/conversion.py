@@ -1,4 +1,4 @@
-"""Carrying out a plan: tensors that are made from a checkpoint's when they are read, and the proof that the result is right.
+"""Carrying out a plan, and the proof that the result is right.
 
 Nothing is written to a live model before everything was checked; where a probe then shows that the model computes something
 else, what it held before is put back.
@@ -10,7 +10,6 @@ import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,13 +17,11 @@ import numpy as np
 from polyckpt import parity, plans
 from polyckpt.adapter import Adapter, ModelCapture, Restore, StoredModel
 from polyckpt.checkpoint import Checkpoint, StoredTensor, verify_all
-from polyckpt.checksums import checksum
-from polyckpt.dtypes import lookup, widens
+from polyckpt.converted import Converted, Held
+from polyckpt.dtypes import widens
 from polyckpt.errors import AmbiguityError, MismatchError, ParityError, PlanError, Problem, UnsupportedError
-from polyckpt.layouts import aligned, contiguous
-from polyckpt.leaves import Leaf
 from polyckpt.matching import PROOFS, compatible
-from polyckpt.moves import Exactness, Loss, Move
+from polyckpt.moves import Loss
 from polyckpt.parity import Comparison, Probe, Recording
 from polyckpt.plans import Plan, Row
 from polyckpt.sides import Flatten, Side
@@ -43,14 +40,8 @@ class Report:
     parity: Comparison | None
 
     def __str__(self) -> str:
-        widths = [max((len(getattr(row, name)) for row in self.rows), default=0) for name in ("target", "source", "how")]
-        lines = [
-            f"{row.target:<{widths[0]}}  {row.source:<{widths[1]}}  {row.how:<{widths[2]}}  {row.exactness}".rstrip()
-            for row in self.rows
-        ]
-        proof = (
-            f"parity: {self.parity}" if self.parity else "parity: not compared, the checkpoint holds no probe that could be run"
-        )
+        lines = plans.table([(row.target, row.source, row.how, str(row.exactness)) for row in self.rows])
+        proof = f"parity: {self.parity or 'not compared, the checkpoint holds no probe that could be run'}"
         return "\n".join([self.summary, *lines, *(f"differs: {note}" for note in self.notes), proof])
 
 
@@ -71,8 +62,9 @@ class Options:
 
 @dataclass(frozen=True)
 class _Trial:
-    """A plan that was tried: what came of it, and the layers in the order in which they ran."""
+    """A plan that was tried: the model it made, what came of it, and the layers in the order in which they ran."""
 
+    model: Any
     comparison: Comparison
     ran: tuple[str, ...]
 
@@ -80,85 +72,6 @@ class _Trial:
     def agrees_up_to(self) -> float:
         """How many calls of layers there were before the first divergence."""
         return math.inf if self.comparison.first is None else self.ran.index(self.comparison.first[0])
-
-
-class Converted(StoredTensor):
-    """A tensor that is made of stored ones by a plan, when it is read."""
-
-    def __init__(
-        self, name: str, dtype: str, shape: tuple[int, ...], moves: Sequence[Move], stored: Mapping[str, StoredTensor]
-    ) -> None:
-        self.name, self.dtype, self.shape = name, dtype, shape
-        self._moves, self._stored = moves, stored
-        covered = sum(math.prod(move.target.shape) for move in moves)
-        if covered != math.prod(shape):
-            raise PlanError(f"{name}: the plan gives {covered} of its {math.prod(shape)} elements")
-
-    @cached_property
-    def sources(self) -> tuple[StoredTensor, ...]:
-        """The stored tensors it is made of."""
-        found = {piece.tensor: self._stored[piece.tensor] for move in self._moves for piece in move.sources}
-        return tuple(found.values())
-
-    @property
-    def checksums(self) -> tuple[str, ...]:
-        return (checksum(self.raw().data),)
-
-    def verify(self) -> None:
-        for stored in self.sources:
-            stored.verify()
-
-    def raw(self) -> np.ndarray:
-        return self.numpy().reshape(-1).view(np.uint8)
-
-    def numpy(self) -> np.ndarray:
-        return contiguous(self.strided())
-
-    def strided(self) -> np.ndarray:
-        """The tensor in the layout of the live model: a view of the stored one where only axes were moved."""
-        dtype = lookup(self.dtype, self.name).numpy
-        if self._is_one_view:
-            (move,) = self._moves
-            (source,) = move.sources
-            value = aligned(source, self._stored[source.tensor].numpy(), move.target)
-            return move.target.whole(value).astype(dtype, copy=False)
-        whole = np.empty(self.shape, dtype)
-        for move in self._moves:
-            move.target.view(whole)[...] = self._value(move)
-        return whole
-
-    @property
-    def _is_one_view(self) -> bool:
-        pieces = [piece for move in self._moves for piece in (move.target, *move.sources)]
-        return len(pieces) == 2 and self._moves[0].exactness == Exactness.EXACT and all(piece.sign > 0 for piece in pieces)
-
-    def _value(self, move: Move) -> Any:
-        if not move.sources:
-            return move.constant
-        terms = [aligned(piece, self._stored[piece.tensor].numpy(), move.target) for piece in move.sources]
-        terms = [-term if piece.sign != move.target.sign else term for piece, term in zip(move.sources, terms, strict=True)]
-        total = terms[0]
-        for term in terms[1:]:
-            total = total + term
-        return total + np.asarray(move.constant * move.target.sign, total.dtype) if move.constant else total
-
-
-class Held(StoredTensor):
-    """A copy of a live tensor."""
-
-    def __init__(self, name: str, leaf: Leaf) -> None:
-        self.name, self.dtype, self.shape = name, leaf.dtype, leaf.shape
-        self._bytes = np.array(leaf.read()).reshape(-1).view(np.uint8)
-
-    @property
-    def checksums(self) -> tuple[str, ...]:
-        return (checksum(self._bytes.data),)
-
-    def verify(self) -> None:
-        return
-
-    def raw(self) -> np.ndarray:
-        return self._bytes
 
 
 @dataclass
@@ -275,12 +188,13 @@ class Conversion:
         before = self._as_stored({name: Held(name, leaf) for name, leaf in self.captured.weights.items()})
         try:
             plan, trial = self._searched()
-            self._check_seen(plan, trial)
+            exchanged = self._check_seen(plan, trial)
+            model = self._applied(plan) if exchanged else trial.model
         except BaseException:
             self.adapter.prepare_model(self.model, before, rng=False).apply()
             raise
         self.plan = plans.proven(plan, "parity")
-        return self._applied(plan), self._report(trial.comparison)
+        return model, self._report(trial.comparison)
 
     def _searched(self) -> tuple[Plan, _Trial]:
         """A plan whose outputs agree: at each step the first change that moves the first divergence further back."""
@@ -296,35 +210,38 @@ class Conversion:
                 raise ParityError(self._diverged(plan, trial.comparison, runs))
         return plan, trial
 
-    def _check_seen(self, plan: Plan, trial: _Trial) -> None:
-        """Refuse what the probe does not decide: layers that did not run, or whose exchange changes nothing."""
+    def _check_seen(self, plan: Plan, trial: _Trial) -> bool:
+        """Refuse what the probe does not decide: layers that did not run and whose exchange changes nothing.
+
+        Returns whether any were exchanged, so that another plan is loaded now.
+        """
         open_targets = {unit.path for each in plan.unsettled for unit in each.targets}
         unseen = [pair for pair in plan.pairs if pair.target.path in open_targets and pair.target.layer not in trial.ran]
+        tried = False
         for pair, other in itertools.combinations(unseen, 2):
             if compatible(pair.source, other.target) and compatible(other.source, pair.target):
                 exchanged = plans.repaired(plan, [(other.source, pair.target), (pair.source, other.target)], "")
+                tried = True
                 if self._tried(exchanged).comparison.agrees:
                     raise AmbiguityError(
                         f"{self.checkpoint.path} -> {plan.target.label}: the outputs agree, but {pair.target.path} and "
                         f"{other.target.path} have no part in them, so which of {pair.source.path} and {other.source.path} is "
                         f"which cannot be told (nothing was loaded).\n{_HOW_TO_SETTLE}"
                     )
+        return tried
 
     def _tried(self, plan: Plan) -> _Trial:
         assert self.probe is not None
-        found = parity.record(self.adapter, self._applied(plan), self.arguments, self.options.apply)
+        model = self._applied(plan)
+        found = parity.record(self.adapter, model, self.arguments, self.options.apply)
         comparison = parity.compare_recordings(
             self.probe.recording, found, tolerance=self.options.tolerance, partners=_partners(plan)
         )
-        return _Trial(comparison, tuple(ran.path for ran in found.layers))
+        return _Trial(model, comparison, tuple(ran.path for ran in found.layers))
 
     def _report(self, comparison: Comparison | None) -> Report:
         rows = self.plan.rows()
-        counts = {kind: sum(row.exactness == kind for row in rows) for kind in Exactness}
-        told = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
-        return Report(
-            f"{self.plan.source.label} -> {self.plan.target.label}: {told or 'nothing'}", rows, self.plan.notes, comparison
-        )
+        return Report(self.plan.summary(rows), rows, self.plan.notes, comparison)
 
     def _diverged(self, plan: Plan, comparison: Comparison, runs: int) -> str:
         lines = [
@@ -360,38 +277,25 @@ def prepare(checkpoint: Checkpoint, probe: Probe | None, adapter: Adapter, model
     """
     layers, order = checkpoint.manifest.model.layers, checkpoint.manifest.model.order
     expected = probe.recording if probe else Recording()
-    source = Side.of(
-        f"{checkpoint.manifest.producer.adapter} {checkpoint.manifest.model.type}",
-        layers,
-        order,
-        {name: (tensor.shape, tensor.dtype) for name, tensor in checkpoint.weights.stored.items()},
-        checkpoint.manifest.model.aliases,
-        ran=[ran.path for ran in expected.layers],
-        flattened=expected.flattened_into,
-    )
+    stored = {name: (tensor.shape, tensor.dtype) for name, tensor in checkpoint.weights.stored.items()}
+    label = f"{checkpoint.manifest.producer.adapter} {checkpoint.manifest.model.type}"
+    source = _seen(Side.of(label, layers, order, stored, checkpoint.manifest.model.aliases), expected)
     captured = _captured(adapter, model, probe, options)
     aliases = _aliases(captured)
     tensors = {name: (leaf.shape, leaf.dtype) for name, leaf in captured.weights.items()}
-    label = f"{adapter.name} {captured.type}"
-    target = Side.of(label, captured.layers, captured.order, tensors, aliases)
+    target = Side.of(f"{adapter.name} {captured.type}", captured.layers, captured.order, tensors, aliases)
     arguments: tuple[Any, ...] = ()
+    if options.apply is None and not callable(model):
+        probe = None  # a tree of parameters: what they compute is known to `apply` alone
     if probe is not None:
         arguments = _turned(probe.arguments, source, target, options.probe_axes)
-        if options.apply is None and not callable(model):
-            probe = None  # a tree of parameters: what they compute is known to `apply` alone
-        else:
-            first = parity.record(adapter, model, arguments, options.apply)
-            target = Side.of(
-                label,
-                captured.layers,
-                captured.order,
-                tensors,
-                aliases,
-                ran=[ran.path for ran in first.layers],
-                flattened=first.flattened_into,
-            )
+        target = _seen(target, parity.record(adapter, model, arguments, options.apply))
     plan = plans.make(source, target, rules=options.rules, pairs=options.pairs, accept=options.accept)
     return Conversion(checkpoint, adapter, model, options, captured, aliases, probe, arguments, plan)
+
+
+def _seen(side: Side, recording: Recording) -> Side:
+    return side.seen([ran.path for ran in recording.layers], recording.flattened_into)
 
 
 def _captured(adapter: Adapter, model: Any, probe: Probe | None, options: Options) -> ModelCapture:

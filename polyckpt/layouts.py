@@ -88,17 +88,17 @@ def contiguous(view: np.ndarray) -> np.ndarray:
     >>> contiguous(np.arange(6).reshape(2, 3).T).strides
     (16, 8)
     """
-    if view.flags.c_contiguous or view.nbytes < _LARGE_BYTES:
+    wide = [axis for axis in range(view.ndim) if view.shape[axis] > 1]
+    nearest = min(wide, key=lambda axis: abs(view.strides[axis]), default=None)
+    if nearest is None or nearest == wide[-1] or view.nbytes < _LARGE_BYTES:
         return np.ascontiguousarray(view).reshape(view.shape)  # which makes one axis of none
     copy = np.empty(view.shape, view.dtype)
-    nearest = min(range(view.ndim), key=lambda axis: (view.shape[axis] == 1, abs(view.strides[axis])))
-    last = max(axis for axis in range(view.ndim) if view.shape[axis] > 1)
 
     def fill(start: int) -> None:
-        index: list[slice] = [slice(None)] * view.ndim
+        index = [slice(None)] * view.ndim
         index[nearest] = slice(start, start + _BLOCK)
-        for other in range(0, view.shape[last], _BLOCK) if nearest != last else (0,):
-            index[last] = slice(other, other + _BLOCK) if nearest != last else index[last]
+        for other in range(0, view.shape[wide[-1]], _BLOCK):
+            index[wide[-1]] = slice(other, other + _BLOCK)
             copy[tuple(index)] = view[tuple(index)]
 
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:

@@ -12,13 +12,13 @@ import itertools
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
-from polyckpt.units import OPTIONAL, Unit
+from polyckpt.units import BARE, OPTIONAL, Unit
 
 Order = Literal["execution", "definition", "name"]
 Pairing = tuple[tuple[Unit, Unit], ...]
@@ -88,16 +88,15 @@ def classes(
     targets: Sequence[Unit],
     *,
     orders: tuple[Order, Order],
-    allowed: Mapping[tuple[str, str], bool] | None = None,
+    demanded: Set[tuple[str, str]] = frozenset(),
     spare: Iterable[Unit] = (),
 ) -> list[Class]:
     """All units of two models in classes; one that has no counterpart is a class with nothing on the other side.
 
-    orders: what the places of the units of each side mean. allowed: (source path, target path) -> whether the user's rules
-    demand the pair (True) or exclude it (False); not listed where they are silent. spare: units that need no counterpart,
-    since what they hold is another one's (tied tensors).
+    orders: what the places of the units of each side mean. demanded: (source path, target path) of the pairs that the user
+    demands; what stands in one stands in no other pair. spare: units that need no counterpart, since what they hold is another
+    one's (tied tensors).
     """
-    allowed = allowed or {}
     extra = {unit.path for unit in spare}
     buckets: dict[object, tuple[list[Unit], list[Unit]]] = defaultdict(lambda: ([], []))
     for side, found in enumerate((sources, targets)):
@@ -105,15 +104,15 @@ def classes(
             buckets[_signature(unit)][side].append(unit)
     similarity = _Similarity([*sources, *targets])
     return [
-        _class(part, similarity, orders, allowed, extra)
+        _class(part, similarity, orders, demanded, extra)
         for ours, theirs in buckets.values()
-        for part in _components(ours, theirs, allowed)
+        for part in _components(ours, theirs, demanded)
     ]
 
 
 def compatible(source: Unit, target: Unit) -> bool:
     """Whether the two can be one unit: kind, part, what must agree of the config, and every shape."""
-    if source.kind != target.kind or (source.part and target.part and source.kind != "bare" and source.part != target.part):
+    if source.kind != target.kind or (source.part and target.part and source.kind != BARE and source.part != target.part):
         return False
     one, other = source.config, target.config
     hard = (*_HARD, "heads", "key_heads") if source.part and target.part else _HARD
@@ -142,16 +141,13 @@ def _signature(unit: Unit) -> object:
 Component = tuple[list[Unit], list[Unit], set[tuple[str, str]]]
 
 
-def _components(sources: list[Unit], targets: list[Unit], allowed: Mapping[tuple[str, str], bool]) -> list[Component]:
+def _components(sources: list[Unit], targets: list[Unit], demanded: Set[tuple[str, str]]) -> list[Component]:
     """The connected parts of "may be paired", each with its pairs."""
-    demanded_of = {a for (a, _), wanted in allowed.items() if wanted}
-    demanded_by = {b for (_, b), wanted in allowed.items() if wanted}
+    demanded_of, demanded_by = {a for a, _ in demanded}, {b for _, b in demanded}
 
     def may(source: Unit, target: Unit) -> bool:
-        rule = allowed.get((source.path, target.path))
-        if rule is None:
-            rule = source.path not in demanded_of and target.path not in demanded_by
-        return rule and compatible(source, target)
+        free = source.path not in demanded_of and target.path not in demanded_by
+        return (free or (source.path, target.path) in demanded) and compatible(source, target)
 
     edges = {(a.path, b.path) for a in sources for b in targets if may(a, b)}
     left_of: dict[str, set[str]] = defaultdict(set)
@@ -173,7 +169,7 @@ def _components(sources: list[Unit], targets: list[Unit], allowed: Mapping[tuple
                 ours |= left_of[b]
         done |= ours
         found.append(([a for a in sources if a.path in ours], [b for b in targets if b.path in theirs], edges))
-    reached = {b for _, theirs, _ in found for b in (unit.path for unit in theirs)}
+    reached = {unit.path for _, theirs, _ in found for unit in theirs}
     return [*found, *(([], [unit], edges) for unit in targets if unit.path not in reached)]
 
 
@@ -181,27 +177,23 @@ def _class(
     component: Component,
     similarity: _Similarity,
     orders: tuple[Order, Order],
-    allowed: Mapping[tuple[str, str], bool],
+    demanded: Set[tuple[str, str]],
     extra: set[str],
 ) -> Class:
     sources, targets, edges = component
+    members = (tuple(sources), tuple(targets))
     if len(sources) != len(targets):
         sources, targets = _without_spare(sources, targets, extra)
     if not sources or not targets:
         return Class(tuple(sources), tuple(targets), ((),), "nothing to pair")
     if len(sources) == len(targets) == 1:
-        rule = allowed.get((sources[0].path, targets[0].path))
-        return Class(
-            tuple(component[0]),
-            tuple(component[1]),
-            (((sources[0], targets[0]),),),
-            "a rule" if rule else "the only one that fits",
-        )
+        (source,), (target,) = sources, targets
+        evidence = "a rule" if (source.path, target.path) in demanded else "the only one that fits"
+        return Class(*members, (((source, target),),), evidence)
     may = np.array([[(a.path, b.path) in edges for b in targets] for a in sources])
     named, unclear = _by_name(sources, targets, may, similarity)
     executed = orders == ("execution", "execution")
     ordered = _by_order(sources, targets, may) if "name" not in orders and len(sources) == len(targets) else None
-    members = (tuple(component[0]), tuple(component[1]))
     if ordered is None:
         return Class(*members, (named,), "", "only names tell them apart" if not unclear else "names do not tell them apart")
     if named == ordered and not unclear:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 
+from polyckpt.layers import RECURRENT
 from polyckpt.layouts import Piece
 from polyckpt.units import OPTIONAL, Unit
 
@@ -51,7 +52,7 @@ class Loss:
 
 def moves_of(source: Unit, target: Unit) -> tuple[list[Move], list[Loss]]:
     """The moves that make `target` of `source`, and what of `source` has no place there."""
-    if source.kind in ("lstm", "gru", "rnn"):
+    if source.kind in RECURRENT:
         return _recurrent_moves(source, target)
     moves = []
     for role, piece in target.pieces.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
 from polyckpt import matching
@@ -17,9 +18,10 @@ _PLACEHOLDER = re.compile(r"\{(\*?)(\w+)\}")
 _SEPARATORS = "./:~"
 
 
-def demanded_by_rules(source: Side, target: Side, rules: Mapping[str, str]) -> dict[tuple[str, str], bool]:
-    """What the user's rules say: the pairs that they demand."""
-    allowed: dict[tuple[str, str], bool] = {}
+def demanded_by_rules(source: Side, target: Side, rules: Mapping[str, str]) -> set[tuple[str, str]]:
+    """The pairs that the user's rules demand."""
+    demanded: dict[Unit, list[Unit]] = defaultdict(list)
+    matched_by: dict[Unit, int] = defaultdict(int)
     problems: list[str] = []
     for wanted, given in rules.items():
         pattern = _pattern(wanted)
@@ -27,43 +29,33 @@ def demanded_by_rules(source: Side, target: Side, rules: Mapping[str, str]) -> d
         if unknown := {name for _, name in _PLACEHOLDER.findall(given)} - names:
             problems.append(f"{wanted!r} -> {given!r}: {', '.join(sorted(unknown))} stands on the right only")
             continue
-        matched = [(unit, found) for unit in source.units for text in _texts(unit) if (found := pattern.fullmatch(text))]
+        matched = {unit: found for unit in source.units for text in _texts(unit) if (found := pattern.fullmatch(text))}
         if not matched:
             problems.append(f"{wanted!r} fits nothing in {source.label}; there are {listed(source.units)}")
             continue
-        reached = 0
-        for unit, found in matched:
+        reached = False
+        for unit, found in matched.items():
+            matched_by[unit] += 1
             path = _PLACEHOLDER.sub(lambda each, found=found: found[each[2]], given)  # type: ignore[misc]
-            rest = found["polyckpt_rest"] or ""
             for other in target.units:
-                if any(text == path or (text.startswith(path) and text[len(path)] in _SEPARATORS) for text in _texts(other)):
-                    exact = not rest or unit.part == other.part
-                    if matching.compatible(unit, other) and exact:
-                        allowed[unit.path, other.path] = True
-                        reached += 1
+                below = any(
+                    text == path or (text.startswith(path) and text[len(path)] in _SEPARATORS) for text in _texts(other)
+                )
+                same_part = not found["polyckpt_rest"] or unit.part == other.part
+                if below and same_part and matching.compatible(unit, other):
+                    demanded[unit].append(other)
+                    reached = True
         if not reached:
             problems.append(
                 f"{wanted!r} -> {given!r}: nothing of {target.label} has this path and fits; there are {listed(target.units)}"
             )
-    for path, others in _grouped(allowed).items():
-        layers = {unit.layer for unit in target.units if unit.path in others}
-        if len(others) > 1 and len(layers) > 1 and len(_rules_for(path, rules, source)) > 1:
-            problems.append(f"{path}: several rules hold for it, and lead to {', '.join(sorted(others))}")
+    for unit, others in demanded.items():
+        if matched_by[unit] > 1 and len({other.layer for other in others}) > 1:
+            paths = sorted({other.path for other in others})
+            problems.append(f"{unit.path}: several rules hold for it, and lead to {', '.join(paths)}")
     if problems:
         raise PlanError("\n  ".join(["the rules cannot be followed:", *problems]))
-    return allowed
-
-
-def _rules_for(path: str, rules: Mapping[str, str], source: Side) -> list[str]:
-    unit = next(unit for unit in source.units if unit.path == path)
-    return [rule for rule in rules if any(_pattern(rule).fullmatch(text) for text in _texts(unit))]
-
-
-def _grouped(allowed: Mapping[tuple[str, str], bool]) -> dict[str, set[str]]:
-    found: dict[str, set[str]] = {}
-    for a, b in allowed:
-        found.setdefault(a, set()).add(b)
-    return found
+    return {(unit.path, other.path) for unit, others in demanded.items() for other in others}
 
 
 def _texts(unit: Unit) -> list[str]:
@@ -85,9 +77,7 @@ def _pattern(rule: str) -> re.Pattern[str]:
     return re.compile(f"{''.join(parts)}(?P<polyckpt_rest>[{re.escape(_SEPARATORS)}].*)?")
 
 
-def demanded_by_plan(
-    source: Side, target: Side, pairs: Sequence[tuple[str, str, Flatten | None]]
-) -> dict[tuple[str, str], bool]:
+def demanded_by_plan(source: Side, target: Side, pairs: Sequence[tuple[str, str, Flatten | None]]) -> set[tuple[str, str]]:
     """The pairs of a plan as demands, where every one of them is possible."""
     by_path = {unit.path: unit for unit in source.units}, {unit.path: unit for unit in target.units}
     problems: list[str] = []
@@ -104,4 +94,4 @@ def demanded_by_plan(
         problems += [f"{path!r} stands twice as {side}" for path in sorted({path for path in named if named.count(path) > 1})]
     if problems:
         raise PlanError("\n  ".join(["the plan is one of other models:", *problems[:_MAX_LISTED]]))
-    return {(a, b): True for a, b, _ in pairs}
+    return {(a, b) for a, b, _ in pairs}

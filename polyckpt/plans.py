@@ -100,12 +100,7 @@ class Plan:
     def rows(self) -> list[Row]:
         """The plan line by line."""
         evidence = {name: pair.evidence for pair in self.pairs for name in pair.target.tensors}
-        flattened = {
-            name: pair.flatten
-            for pair in self.pairs
-            if pair.flatten
-            for name in pair.target.pieces["kernel"].tensor.split("\0")
-        }
+        flattened = {pair.target.pieces["kernel"].tensor: pair.flatten for pair in self.pairs if pair.flatten}
         made, _ = self.moves()
         rounded = {
             name
@@ -133,15 +128,17 @@ class Plan:
         ]
         return rows
 
+    def summary(self, rows: Sequence[Row]) -> str:
+        """Between what, and how many of `rows` are of each exactness."""
+        counts = {kind: sum(row.exactness == kind for row in rows) for kind in Exactness}
+        told = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
+        return f"{self.source.label} -> {self.target.label}: {told or 'nothing'}"
+
     def __str__(self) -> str:
         rows = self.rows()
         cells = [("model", "checkpoint", "how", "exactness", "evidence")]
         cells += [(row.target, row.source, row.how, str(row.exactness), row.evidence) for row in rows]
-        widths = [max(len(cell[column]) for cell in cells) for column in range(5)]
-        table = ["  ".join(text.ljust(width) for text, width in zip(cell, widths, strict=True)).rstrip() for cell in cells]
-        counts = {kind: sum(row.exactness == kind for row in rows) for kind in Exactness}
-        summary = ", ".join(f"{count} {kind}" for kind, count in counts.items() if count)
-        lines = [f"{self.source.label} -> {self.target.label}: {summary or 'nothing'}", *table]
+        lines = [self.summary(rows), *table(cells)]
         lines += [f"not settled: {problem}" for problem in self.problems()]
         lines += [f"missing in the checkpoint: {unit}" for unit in self.missing]
         lines += [f"differs: {note}" for note in self.notes]
@@ -210,17 +207,16 @@ def make(
     evidence that suffices although it is no proof.
     Raises PlanError for rules and pairs that fit nothing or contradict each other.
     """
-    allowed = demanded_by_rules(source, target, rules or {})
-    allowed |= demanded_by_plan(source, target, pairs)
+    demanded = demanded_by_rules(source, target, rules or {}) | demanded_by_plan(source, target, pairs)
     found = matching.classes(
         source.units,
         target.units,
         orders=(source.order, target.order),
-        allowed=allowed,
+        demanded=demanded,
         spare=[*source.tied, *target.tied],
     )
     given = {path: flatten for _, path, flatten in pairs}
-    chosen = [(a, b, each.evidence) for each in found if each.proposals for a, b in each.proposals[0]]
+    chosen = [(a, b, each.evidence) for each in found for a, b in each.proposals[0]]
     options = {b.path: flattenings(a, b, source, target) for a, b, _ in chosen if b.path not in given}
     made = [
         Pair(a, b, "the plan" if b.path in given else evidence, given[b.path] if b.path in given else options[b.path][0])
@@ -305,6 +301,12 @@ def _close(one: float | None, other: float | None) -> bool:
 
 
 # For people.
+
+
+def table(cells: Sequence[Sequence[str]]) -> list[str]:
+    """Rows of cells as lines with aligned columns."""
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    return ["  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip() for row in cells]
 
 
 def _how(moves: Sequence[Move]) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from polyckpt import schema
+from polyckpt.layers import RECURRENT
 from polyckpt.matching import Order
 from polyckpt.units import BARE, Unit, units
 
@@ -37,16 +38,24 @@ class Side:
         order: Order,
         tensors: Mapping[str, tuple[tuple[int, ...], str]],
         aliases: Mapping[str, str],
-        *,
-        ran: Sequence[str] = (),
-        flattened: Mapping[str, tuple[int, ...]] | None = None,
     ) -> Side:
-        """The side of a described model. ran: paths of its layers in the order in which they were seen to run, if they were."""
-        found = units(layers, {name: shape for name, (shape, _) in tensors.items()}, aliases)
-        if ran:
-            found, complete = _executed(found, ran)
-            order = "execution" if complete else order
-        return cls(label, found, order, tensors, aliases, flattened or {})
+        """The side of a described model."""
+        return cls(
+            label, units(layers, {name: shape for name, (shape, _) in tensors.items()}, aliases), order, tensors, aliases
+        )
+
+    def seen(self, ran: Sequence[str], flattened: Mapping[str, tuple[int, ...]]) -> Side:
+        """This side after it was seen to run. ran: paths of layers, in that order; where some are missing, it says nothing."""
+        first: dict[str, int] = {}
+        for place, path in enumerate(ran):
+            first.setdefault(path, place)
+        bare = [unit for unit in self.units if unit.kind == BARE]
+        others = [unit for unit in self.units if unit.kind != BARE]
+        if not ran or not all(unit.layer in first for unit in others):
+            return replace(self, flattened=flattened)
+        others.sort(key=lambda unit: (first[unit.layer], unit.place))
+        placed = [replace(unit, place=place) for place, unit in enumerate([*others, *bare])]
+        return replace(self, units=placed, order="execution", flattened=flattened)
 
     @property
     def channels(self) -> str | None:
@@ -127,7 +136,7 @@ def _features(unit: Unit) -> int:
         return 0 if kernel is None else kernel.shape[0 if unit.kind == "conv" else 1]
     if unit.kind == "embedding":
         return unit.pieces["embedding"].shape[1]
-    if unit.kind in ("lstm", "gru", "rnn"):
+    if unit.kind in RECURRENT:
         return next(piece.shape[-1] for role, piece in unit.pieces.items() if role.startswith("recurrent_kernel"))
     return 0
 
@@ -146,16 +155,3 @@ def unflattened(source: Unit, flatten: Flatten | None) -> Unit:
         order=(tuple(names[axis] for axis in flatten.order), *kernel.order[1:]),
     )
     return replace(source, pieces={**source.pieces, "kernel": changed})
-
-
-def _executed(found: Sequence[Unit], ran: Sequence[str]) -> tuple[list[Unit], bool]:
-    """Units in the order in which their layers first ran, and whether all were seen to; else they stay as they are."""
-    first: dict[str, int] = {}
-    for place, path in enumerate(ran):
-        first.setdefault(path, place)
-    seen = [unit.kind == BARE or unit.layer in first for unit in found]
-    if not all(seen):
-        return list(found), False
-    bare = [unit for unit in found if unit.kind == BARE]
-    rest = sorted((unit for unit in found if unit.kind != BARE), key=lambda unit: (first[unit.layer], unit.place))
-    return [replace(unit, place=place) for place, unit in enumerate([*rest, *bare])], True

@@ -145,7 +145,7 @@ def units(described: Sequence[Layer], shapes: Mapping[str, tuple[int, ...]], ali
 
 
 def _units_of(layer: Layer, shapes: Mapping[str, tuple[int, ...]]) -> Iterator[Unit]:
-    if layer.kind in ("lstm", "gru", "rnn"):
+    if layer.kind in layers.RECURRENT:
         yield _recurrent(layer, shapes)
         return
     if layer.kind not in _PARTS:

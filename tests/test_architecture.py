@@ -41,7 +41,7 @@ LAYERS = [
     ["checkpoint", "sections", "run"],
     ["adapter"],
     ["registry"],
-    ["objects", "parity"],
+    ["objects", "parity", "converted"],
     ["conversion"],
     ["snapshot"],
     ["api"],

@@ -22,32 +22,8 @@ import polyckpt
 from polyckpt import CheckpointManager, Every, manager
 from polyckpt.errors import CorruptError, PolicyError, PolyckptError, RunError, StorageError, UnsupportedError
 from polyckpt.snapshot import Snapshot
+from tests.managed import epochs, finished, params, tell, value
 from tests.sealing import edit, run_python
-
-
-def params(value: float = 0.0) -> dict[str, np.ndarray]:
-    return {"w": np.full((3, 2), float(value))}
-
-
-def value(restored: Any) -> float:
-    return float(restored.model["w"][0, 0])
-
-
-def tell(ckpts: CheckpointManager, *losses: float, first: int = 1, **metrics: float) -> None:
-    """One epoch of ten steps for each loss; the model of epoch n is full of n."""
-    for n, loss in enumerate(losses, first):
-        ckpts.save(params(n), epoch=n, step=10 * n, metrics={"loss": loss, **metrics})
-
-
-def finished(directory: Path, *losses: float, **options: Any) -> Path:
-    """A directory with a run that is over."""
-    with CheckpointManager(directory, monitor="loss", **options) as ckpts:
-        tell(ckpts, *losses)
-    return directory
-
-
-def epochs(ckpts: CheckpointManager) -> list[int | None]:
-    return [record.epoch for record in ckpts.checkpoints]
 
 
 def listing(directory: Path) -> set[str]:

@@ -67,9 +67,9 @@ def leaf(value: Any, name: str) -> Leaf:
             raise UnsupportedError(f"{name}: {error}") from error
     if isinstance(value, jax.Array):
         check_concrete(value, name)
-    data = jax.eval_shape(_data, value)
+    data: Any = value
     if is_key(value):
-        kind = f"jax.key:{impl_name(value)}"
+        data, kind = jax.eval_shape(_data, value), f"jax.key:{impl_name(value)}"
     else:
         kind = "jax.weak" if isinstance(value, jax.Array) and is_weak(value) else "jax"
     dtype = data.dtype.name

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import functools
 import inspect
-import random
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import jax
@@ -19,10 +18,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from polyckpt import names
-from polyckpt.adapter import Recorder
+from polyckpt.adapter import Recorder, running, uncallable
 from polyckpt.adapters.jax import calls, intercepting, layers, marks, trees
 from polyckpt.adapters.jax.calls import Seen
-from polyckpt.errors import UnsupportedError
 from polyckpt.schema import Layer
 
 Described = Mapping[str, tuple[Any, Layer]]
@@ -37,14 +35,9 @@ def trace(
     def run(*arrays: Any) -> list[Any]:
         return _run(model, tree, arrays, apply)
 
-    with _random_states_kept():
-        try:
-            with marks.watching(recorder):
-                outputs = run(*arrays)
-        except UnsupportedError:
-            raise
-        except Exception as error:
-            raise UnsupportedError(f"model: it cannot be run on the batch: {type(error).__name__}: {error}") from error
+    with running():
+        with marks.watching(recorder):
+            outputs = run(*arrays)
         for path, shape in _flattened(run, arrays).items():
             recorder.flattened(path, shape)
     return [marks.host(leaf) for leaf in outputs if calls.is_array(leaf)]
@@ -56,16 +49,6 @@ def _flattened(run: Callable[..., Any], arrays: tuple[Any, ...]) -> dict[str, tu
     except Exception:
         # A model that decides by values can be run, but its operations cannot be written down beforehand.
         return {}
-
-
-@contextmanager
-def _random_states_kept() -> Iterator[None]:
-    python, state = random.getstate(), np.random.get_state()
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(state)
 
 
 def _run(model: Any, tree: Any, arrays: tuple[Any, ...], apply: Callable[..., Any] | None) -> list[Any]:
@@ -88,8 +71,7 @@ def _call(model: Any, arrays: tuple[Any, ...]) -> Any:
     if isinstance(model, tuple) and len(model) == 2 and trees.is_state(model[1]):
         model, state = model
     if not callable(model):
-        kind = type(model).__name__
-        raise UnsupportedError(f"model: a {kind} cannot be called: pass apply=, a function of it and the batch")
+        raise uncallable(model)
     parameters = inspect.signature(model).parameters
     given: dict[str, Any] = {} if state is None else {"state": state}
     if "key" in parameters and parameters["key"].default is inspect.Parameter.empty:

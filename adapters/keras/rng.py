@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -54,16 +53,13 @@ def prepare(tree: Mapping[str, Any]) -> Restore:
 
 @contextlib.contextmanager
 def kept() -> Iterator[None]:
-    """Put back every random state that a model may draw from beside its own: Python's, NumPy's, Keras's, the backend's."""
-    python, numpy = random.getstate(), np.random.get_state()
+    """Put back the random states of Keras and of its backend, beside those of a model."""
     generator = global_state.get_global_attribute(GLOBAL_SEED_GENERATOR)
     seed = None if generator is None else np.array(keras.ops.convert_to_numpy(generator.state))
     try:
         with _KEPT.get(keras.backend.backend(), contextlib.nullcontext)():
             yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
         if generator is not None:
             generator.state.assign(seed)
         global_state.set_global_attribute(GLOBAL_SEED_GENERATOR, generator)

@@ -12,9 +12,8 @@ import keras
 import numpy as np
 from keras.src import backend
 
-from polyckpt.adapter import Recorder
+from polyckpt.adapter import Recorder, running, uncallable
 from polyckpt.adapters.keras import layers, rng, variables
-from polyckpt.errors import UnsupportedError
 from polyckpt.schema import Layer
 
 _NN = """
@@ -42,8 +41,7 @@ def trace(model: Any, arguments: tuple[Any, ...], recorder: Recorder, apply: Cal
     """As Adapter.trace says. Several arguments are the several inputs of a functional model."""
     if not isinstance(model, keras.layers.Layer):
         if apply is None:
-            kind = type(model).__name__
-            raise UnsupportedError(f"model: a {kind} cannot be called: pass apply=, a function of it and the batch")
+            raise uncallable(model)
         with rng.kept():
             return _run(functools.partial(apply, model), _inputs(arguments))
     inputs = _inputs(arguments)
@@ -60,10 +58,8 @@ def trace(model: Any, arguments: tuple[Any, ...], recorder: Recorder, apply: Cal
 
 def _run(call: Callable[..., Any], arguments: tuple[Any, ...]) -> list[np.ndarray]:
     with _without_gradients():
-        try:
+        with running():
             outputs = call(*arguments)
-        except Exception as error:
-            raise UnsupportedError(f"model: it cannot be run on the batch: {type(error).__name__}: {error}") from error
         return [_array(value) for value in keras.tree.flatten(outputs) if keras.ops.is_tensor(value)]
 
 

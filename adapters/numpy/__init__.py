@@ -20,6 +20,8 @@ from polyckpt.adapter import (
     StoredModel,
     StoredOptimizer,
     another_kind,
+    running,
+    uncallable,
 )
 from polyckpt.checkpoint import StoredTensor
 from polyckpt.dtypes import DTYPES
@@ -96,8 +98,9 @@ class NumpyAdapter:
         self, model: Any, arguments: tuple[Any, ...], recorder: Recorder, apply: Callable[..., Any] | None
     ) -> Sequence[np.ndarray]:
         if apply is None:
-            raise UnsupportedError("model: arrays compute nothing by themselves: pass apply=, called as apply(model, batch)")
-        outputs = apply(model, *arguments)
+            raise uncallable(model)
+        with running():
+            outputs = apply(model, *arguments)
         return [np.asarray(each) for each in (outputs if isinstance(outputs, tuple | list) else [outputs])]
 
     def prepare_rng(self, tree: Any) -> Restore:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -16,9 +15,8 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from polyckpt.adapter import Recorder
+from polyckpt.adapter import Recorder, running, uncallable
 from polyckpt.adapters.torch import layers, modules, rng
-from polyckpt.errors import UnsupportedError
 from polyckpt.schema import Layer
 
 _RESHAPES = frozenset({"flatten", "reshape", "view", "reshape_as", "view_as"})
@@ -40,8 +38,7 @@ def trace(model: Any, arguments: tuple[Any, ...], recorder: Recorder, apply: Cal
     """As Adapter.trace says. Floating inputs take the type of the model's parameters."""
     if not isinstance(model, nn.Module):
         if apply is None:
-            kind = type(model).__name__
-            raise UnsupportedError(f"model: a {kind} cannot be called: pass apply=, a function of it and the batch")
+            raise uncallable(model)
         with _random_states_kept():
             return _run(apply, (model, *_inputs(arguments, "cpu", None)))
     tensors = [*model.parameters(), *model.buffers()]
@@ -62,10 +59,8 @@ def trace(model: Any, arguments: tuple[Any, ...], recorder: Recorder, apply: Cal
 
 def _run(function: Callable[..., Any], arguments: tuple[Any, ...]) -> list[np.ndarray]:
     with torch.no_grad():
-        try:
+        with running():
             outputs = function(*arguments)
-        except Exception as error:
-            raise UnsupportedError(f"model: it cannot be run on the batch: {type(error).__name__}: {error}") from error
         return [_array(tensor) for tensor in _tensors(outputs)]
 
 
@@ -216,13 +211,11 @@ def _state_kept(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _random_states_kept() -> Iterator[None]:
-    python, numpy, own = random.getstate(), np.random.get_state(), rng.capture()
+    states = rng.capture()
     try:
         yield
     finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        rng.put_back(own)
+        rng.put_back(states)
 
 
 @contextlib.contextmanager

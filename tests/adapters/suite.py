@@ -15,8 +15,10 @@ from safetensors import safe_open
 
 import polyckpt
 from polyckpt import layers, optimizers
+from tests.adapters import checks
 
-REPOSITORY = Path(__file__).parents[2]
+HERE = Path(__file__).parent
+REPOSITORY = HERE.parents[1]
 
 
 def run_python(*arguments: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
@@ -50,6 +52,38 @@ class AdapterSuite:
         for mode in ("train", "resume"):
             run_python("-m", "tests.adapters.worker", cls.cases, mode, str(directory), env=cls.env)
         return directory, *(json.loads((directory / f"{mode}.json").read_text()) for mode in ("train", "resume"))
+
+
+class BackendChecks:
+    """The `check_...` of Keras modules of this folder, each module in a process of its own.
+
+    Subclass as `class TestX(BackendChecks): modules = ("keras_x",); backend = "jax"`: classes run beside each other.
+    """
+
+    modules: tuple[str, ...]
+    backend: str
+
+    def __init_subclass__(cls) -> None:
+        if not hasattr(cls, "backend"):
+            return
+
+        def test_check(self: BackendChecks, checked: dict[str, str], name: str) -> None:
+            assert checked[name] == "", checked[name]
+
+        names = [name for module in cls.modules for name in checks.names(HERE / f"{module}.py")]
+        cls.test_check = pytest.mark.parametrize("name", names)(test_check)
+
+    @pytest.fixture(scope="class")
+    @classmethod
+    def checked(cls, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+        """What each check raised, "" for nothing."""
+        directory = tmp_path_factory.mktemp(cls.backend)
+        env = {"TF_CPP_MIN_LOG_LEVEL": "3", "CUDA_VISIBLE_DEVICES": "", "KERAS_BACKEND": cls.backend}
+        found: dict[str, str] = {}
+        for module in cls.modules:
+            run_python("-m", f"tests.adapters.{module}", str(directory / module), env=env)
+            found |= json.loads((directory / module).read_text())
+        return found
 
 
 def _check_case(results: tuple[Path, Any, Any], name: str) -> None:

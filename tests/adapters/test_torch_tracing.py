@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import random
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,33 +17,9 @@ from torch.nn import functional
 from polyckpt import UnsupportedError
 from polyckpt.adapters.torch import TorchAdapter
 from polyckpt.dtypes import lookup
+from tests.adapters.traced import traced_by, values
 
-
-class Log:
-    """A recorder that keeps everything."""
-
-    def __init__(self) -> None:
-        self.outputs: list[tuple[str, np.ndarray]] = []
-        self.shapes: dict[str, tuple[int, ...]] = {}
-
-    def ran(self, path: str, output: np.ndarray) -> None:
-        self.outputs.append((path, output))
-
-    def flattened(self, path: str, shape: tuple[int, ...]) -> None:
-        self.shapes[path] = shape
-
-    @property
-    def paths(self) -> list[str]:
-        return [path for path, _ in self.outputs]
-
-
-def traced(model: Any, *arguments: Any, apply: Any = None) -> tuple[list[np.ndarray], Log]:
-    log = Log()
-    return list(TorchAdapter().trace(model, arguments, log, apply)), log
-
-
-def values(*shape: int) -> np.ndarray:
-    return np.random.default_rng(0).normal(size=shape).astype(np.float32)
+traced = functools.partial(traced_by, TorchAdapter())
 
 
 def reference(model: nn.Module, *arguments: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from torch import nn
 
 import polyckpt
 from polyckpt import AmbiguityError, MismatchError, ParityError, PlanError, parity
-from polyckpt.conversion import Converted
+from polyckpt.converted import Converted
 
 
 class Source(nn.Module):
