@@ -324,3 +324,14 @@ def test_a_flipped_bit_is_found_before_anything_is_written(plain: Path) -> None:
 def test_a_plan_that_leaves_elements_open_is_refused() -> None:
     with pytest.raises(PlanError, match="0 of its 6 elements"):
         Converted("w", "float32", (2, 3), [], {})
+
+
+def test_what_is_converted_is_verified_before_it_is_written(source: Source, plain: Path) -> None:
+    made, _ = polyckpt.plan(plain, Target()).moves()
+    file = plain / "weights.safetensors"
+    values = source.last.weight.detach().numpy().tobytes()
+    file.write_bytes(file.read_bytes().replace(values, bytes([values[0] ^ 1]) + values[1:]))
+    stored = polyckpt.inspect(plain, verify=False).weights.stored
+    Converted("stem.weight", "float32", (6, 4), made["stem.weight"], stored).verify()
+    with pytest.raises(polyckpt.CorruptError, match="last.weight"):
+        Converted("top.weight", "float32", (3, 6), made["top.weight"], stored).verify()
