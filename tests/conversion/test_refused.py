@@ -333,5 +333,5 @@ def test_what_is_converted_is_verified_before_it_is_written(source: Source, plai
     file.write_bytes(file.read_bytes().replace(values, bytes([values[0] ^ 1]) + values[1:]))
     stored = polyckpt.inspect(plain, verify=False).weights.stored
     Converted("stem.weight", "float32", (6, 4), made["stem.weight"], stored).verify()
-    with pytest.raises(polyckpt.CorruptError, match="last.weight"):
+    with pytest.raises(polyckpt.CorruptError, match=r"last\.weight"):
         Converted("top.weight", "float32", (3, 6), made["top.weight"], stored).verify()
