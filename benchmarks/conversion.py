@@ -2,13 +2,16 @@
 
 Layers of 2048 x 2048 in float32, transposed on the way. What a conversion may cost is a load into the framework that saved, and
 the fastest transposing copy of the same bytes that an installed library makes. Medians, interleaved; checksums are verified.
+"extra" is the most private memory that one more run takes at any time; a load into nnx makes new arrays beside the old ones.
 """
 
 from __future__ import annotations
 
+import ctypes
 import statistics
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,6 +31,29 @@ WIDTH = 2048
 class Stack(nnx.Module):
     def __init__(self, count: int) -> None:
         self.layers = nnx.List([nnx.Linear(WIDTH, WIDTH, use_bias=False, rngs=nnx.Rngs(0)) for _ in range(count)])
+
+
+def extra_mib(job: Callable[[], object]) -> float:
+    """The most private memory that the process takes during `job` beyond what it had, in MiB (Linux)."""
+
+    def private() -> float:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssAnon")) / 1024
+
+    ctypes.CDLL(None).malloc_trim(0)  # what earlier runs freed would hide what this one takes
+    began, peak, done = private(), 0.0, threading.Event()
+
+    def watch() -> None:
+        nonlocal peak
+        while not done.wait(0.001):
+            peak = max(peak, private())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    job()
+    done.set()
+    watcher.join()
+    return peak - began
 
 
 def main(size_mib: int, rounds: int) -> None:
@@ -64,13 +90,20 @@ def main(size_mib: int, rounds: int) -> None:
                 began = time.perf_counter()
                 job()
                 times[name].append(time.perf_counter() - began)
+        extra = {name: extra_mib(job) for name, job in jobs.items() if "->" in name}
     medians = {name: statistics.median(found[1:]) for name, found in times.items()}
     fastest = min(value for name, value in medians.items() if name.startswith("transposing"))
-    table = Table("work", "seconds", "GB/s", "of the same framework + 1.3 x the fastest copy")
+    table = Table("work", "seconds", "GB/s", "of the same framework + 1.3 x the fastest copy", "extra MiB")
     for name, seconds in medians.items():
         target = medians[{"torch -> nnx": "nnx -> nnx", "nnx -> torch": "torch -> torch"}.get(name, name)]
         ratio = f"{seconds / (target + 1.3 * fastest):.2f}" if name in ("torch -> nnx", "nnx -> torch") else ""
-        table.add_row(name, f"{seconds:.3f}", f"{count * 4 * WIDTH * WIDTH / seconds / 1e9:.2f}", ratio)
+        table.add_row(
+            name,
+            f"{seconds:.3f}",
+            f"{count * 4 * WIDTH * WIDTH / seconds / 1e9:.2f}",
+            ratio,
+            f"{extra[name]:.0f}" if name in extra else "",
+        )
     Console().print(table)
 
 

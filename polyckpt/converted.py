@@ -73,11 +73,12 @@ class Converted(StoredTensor):
 
 
 class Held(StoredTensor):
-    """A copy of a live tensor."""
+    """The values of a live tensor, whatever becomes of it: a copy where it can change."""
 
     def __init__(self, name: str, leaf: Leaf) -> None:
         self.name, self.dtype, self.shape = name, leaf.dtype, leaf.shape
-        self._bytes = np.array(leaf.read()).reshape(-1).view(np.uint8)
+        values = leaf.read()
+        self._bytes = (values if leaf.frozen else values.copy()).reshape(-1).view(np.uint8)
 
     @property
     def checksums(self) -> tuple[str, ...]:
