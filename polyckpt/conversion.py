@@ -21,7 +21,7 @@ from polyckpt.converted import Converted, Held
 from polyckpt.dtypes import widens
 from polyckpt.errors import AmbiguityError, MismatchError, ParityError, PlanError, Problem, UnsupportedError
 from polyckpt.matching import PROOFS, compatible
-from polyckpt.moves import Loss
+from polyckpt.moves import FOLDED_BIAS, Loss
 from polyckpt.parity import Comparison, Probe, Recording
 from polyckpt.plans import Plan, Row
 from polyckpt.sides import Flatten, Side
@@ -149,7 +149,9 @@ class Conversion:
 
     def _lost(self, loss: Loss) -> Problem:
         stored = self.checkpoint.weights.stored[loss.piece.tensor]
-        return Problem("value", "weights", loss.piece.tensor, stored=f"{stored} not all {loss.value:g}", live="no place for it")
+        hint = f"; where a batch norm follows, pass accept={{{FOLDED_BIAS!r}}}" if loss.value == 0 else ""
+        live = f"no place for it{hint}"
+        return Problem("value", "weights", loss.piece.tensor, stored=f"{stored} not all {loss.value:g}", live=live)
 
     def _stored_model(self, plan: Plan) -> StoredModel:
         """The checkpoint's model as if it had been saved from the live one."""

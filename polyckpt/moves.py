@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from polyckpt.layers import RECURRENT
 from polyckpt.layouts import Piece
@@ -40,6 +40,15 @@ class Move:
         if not self.sources:
             return Exactness.DEFAULT
         return Exactness.FOLDED if len(self.sources) > 1 or self.constant else Exactness.EXACT
+
+
+FOLDED_BIAS = "folded bias"
+"""What to accept for a bias that the model lacks to go into the batch norm after it."""
+
+
+def less(move: Move, piece: Piece) -> Move:
+    """The move with a piece subtracted."""
+    return replace(move, sources=(*move.sources, replace(piece, sign=-piece.sign)))
 
 
 @dataclass(frozen=True)

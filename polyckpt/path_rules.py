@@ -1,10 +1,14 @@
-"""What a user says of which is which: rules with placeholders, and the pairs of a saved plan."""
+"""What a user says of which is which: rules with placeholders, and the pairs of a saved plan.
+
+A path may end in "[start:stop]", some of the outputs of a layer: a packed projection is three layers of the other model.
+"""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 
 from polyckpt import matching
 from polyckpt.errors import PlanError
@@ -16,6 +20,9 @@ _MAX_LISTED = 12
 
 _PLACEHOLDER = re.compile(r"\{(\*?)(\w+)\}")
 _SEPARATORS = "./:~"
+_SLICE = re.compile(r"\[(\d*):(\d*)\]$")
+_OUTPUTS = {"linear": 1, "conv": 0}
+"""Kinds that can be cut, and which axis of the canonical kernel their outputs are."""
 
 
 def demanded_by_rules(source: Side, target: Side, rules: Mapping[str, str]) -> set[tuple[str, str]]:
@@ -56,6 +63,56 @@ def demanded_by_rules(source: Side, target: Side, rules: Mapping[str, str]) -> s
     if problems:
         raise PlanError("\n  ".join(["the rules cannot be followed:", *problems]))
     return {(unit.path, other.path) for unit, others in demanded.items() for other in others}
+
+
+def sliced(side: Side, texts: Iterable[str]) -> Side:
+    """The side with its layers cut where `texts` name some of their outputs; what none names is a part of its own.
+
+    Raises PlanError for a layer that cannot be cut, or not there.
+    """
+    cuts: dict[Unit, set[str]] = defaultdict(set)
+    for text in texts:
+        if found := _SLICE.search(text):
+            pattern = _pattern(text[: found.start()])
+            for unit in side.units:
+                if any((match := pattern.fullmatch(each)) and not match["polyckpt_rest"] for each in _texts(unit)):
+                    cuts[unit].add(found[0])
+    if not cuts:
+        return side
+    parts = [part for unit in side.units for part in (_cut(unit, cuts[unit]) if unit in cuts else [unit])]
+    return replace(side, units=[replace(part, place=place) for place, part in enumerate(parts)])
+
+
+def _cut(unit: Unit, labels: Iterable[str]) -> list[Unit]:
+    axis = _OUTPUTS.get(unit.kind)
+    merged = any(len(group) > 1 for piece in unit.pieces.values() for group in piece.order)
+    if axis is None or unit.part or merged or unit.config.get("groups", 1) != 1:
+        raise PlanError(f"{unit}: only the outputs of linear and convolutional layers can be cut, where they are one axis")
+    count = unit.pieces["kernel"].shape[axis]
+    wanted = {}
+    for label in labels:
+        start, stop = _SLICE.fullmatch(label).groups()  # type: ignore[union-attr]
+        wanted[int(start or 0), int(stop) if stop else count] = label
+    made, end = [], 0
+    for (start, stop), label in [*sorted(wanted.items()), ((count, count), "")]:
+        if not end <= start <= stop <= count or (label and start == stop):
+            raise PlanError(f"{unit.path}{label}: of {count} outputs; parts must hold some each, and none twice")
+        if end < start:
+            made.append(_slice_of(unit, axis, end, start, f"[{end}:{start}]"))
+        if label:
+            made.append(_slice_of(unit, axis, start, stop, label))
+        end = stop
+    return made
+
+
+def _slice_of(unit: Unit, axis: int, start: int, stop: int, label: str) -> Unit:
+    pieces = {}
+    for role, piece in unit.pieces.items():
+        (name,) = piece.order[axis if role == "kernel" else 0]
+        pieces[role] = (
+            piece if (start, stop) == (0, piece.sizes[name]) else replace(piece, pick={**piece.pick, name: (start, stop)})
+        )
+    return replace(unit, layer=f"{unit.layer}{label}", pieces=pieces)
 
 
 def _texts(unit: Unit) -> list[str]:

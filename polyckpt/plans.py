@@ -20,8 +20,8 @@ from polyckpt.dtypes import widens
 from polyckpt.errors import PlanError
 from polyckpt.layouts import Piece
 from polyckpt.matching import Class
-from polyckpt.moves import Exactness, Loss, Move, moves_of
-from polyckpt.path_rules import demanded_by_plan, demanded_by_rules
+from polyckpt.moves import FOLDED_BIAS, Exactness, Loss, Move, less, moves_of
+from polyckpt.path_rules import demanded_by_plan, demanded_by_rules, sliced
 from polyckpt.sides import Flatten, Side, flattenings, unflattened
 from polyckpt.units import BARE, Unit, listed
 
@@ -55,7 +55,7 @@ class Plan:
 
     pairs: units with their counterparts. unsettled: classes of units that the evidence does not tell apart. dropped,
     missing: units without a counterpart in the model and in the checkpoint. notes: what differs between paired units although
-    the weights fit (epsilon, activations, momentum).
+    the weights fit (epsilon, activations, momentum). folds: whether biases go into the batch norms that follow them.
     """
 
     source: Side
@@ -65,6 +65,7 @@ class Plan:
     dropped: tuple[Unit, ...]
     missing: tuple[Unit, ...]
     notes: tuple[str, ...]
+    folds: bool = False
     flatten: Mapping[str, tuple[Flatten | None, ...]] = field(default_factory=dict)
     """Target path -> what its inputs may be, the likeliest first, where that is not settled."""
 
@@ -88,14 +89,33 @@ class Plan:
 
     def moves(self) -> tuple[dict[str, list[Move]], list[Loss]]:
         """What each live tensor is made of, and what has no place."""
+        biases = self._folded() if self.folds else {}
         made: dict[str, list[Move]] = {}
         losses: list[Loss] = []
         for pair in self.pairs:
             moves, lost = moves_of(unflattened(pair.source, pair.flatten), pair.target)
-            losses += lost
+            losses += [loss for loss in lost if loss.piece not in biases.values()]
             for move in moves:
+                if pair.target in biases and move.target is pair.target.pieces["mean"]:
+                    move = less(move, biases[pair.target])
                 made.setdefault(move.target.tensor, []).append(move)
         return made, losses
+
+    def _folded(self) -> dict[Unit, Piece]:
+        """Batch norm of the model -> the bias of the layer before it in the checkpoint, where the model has no such bias.
+
+        norm(x + bias) is the norm of x with a mean less by the bias (Jacob et al. 2018, section 3.2).
+        """
+        at = {pair.source.place: pair for pair in self.pairs}
+        found = {}
+        for pair in self.pairs:
+            bias, after = pair.source.pieces.get("bias"), at.get(pair.source.place + 1)
+            if bias is None or "bias" in pair.target.pieces or after is None or after.source.kind != "batch_norm":
+                continue
+            mean = after.source.pieces.get("mean")
+            if mean is not None and mean.shape == bias.shape and "mean" in after.target.pieces:
+                found[after.target] = bias
+        return found
 
     def rows(self) -> list[Row]:
         """The plan line by line."""
@@ -203,11 +223,14 @@ def make(
     """The plan from `source` to `target`.
 
     rules: patterns of source paths -> patterns of target paths; `{name}` stands for any text without a separator, `{*name}`
-    for any text. A rule holds for all below the path that it names. pairs: those of a plan, which must all be there. accept:
-    evidence that suffices although it is no proof.
+    for any text. A rule holds for all below the path that it names; "path[start:stop]" is some of the outputs of a layer.
+    pairs: those of a plan, which must all be there. accept: evidence that suffices although it is no proof.
     Raises PlanError for rules and pairs that fit nothing or contradict each other.
     """
-    demanded = demanded_by_rules(source, target, rules or {}) | demanded_by_plan(source, target, pairs)
+    rules = rules or {}
+    source = sliced(source, [*rules, *(path for path, _, _ in pairs)])
+    target = sliced(target, [*rules.values(), *(path for _, path, _ in pairs)])
+    demanded = demanded_by_rules(source, target, rules) | demanded_by_plan(source, target, pairs)
     found = matching.classes(
         source.units,
         target.units,
@@ -232,6 +255,7 @@ def make(
         dropped=tuple(unit for unit in source.units if unit.path not in paired[0] | tied[0]),
         missing=tuple(unit for unit in target.units if unit.path not in paired[1] | tied[1]),
         notes=tuple(note for pair in made for note in _differences(pair)),
+        folds=FOLDED_BIAS in accept,
         flatten={path: each for path, each in options.items() if len(each) > 1},
     )
 
