@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from polyckpt import parity, plans
+from polyckpt import formulas, parity, plans
 from polyckpt.adapter import Adapter, ModelCapture, Restore, StoredModel
 from polyckpt.checkpoint import Checkpoint, StoredTensor, verify_all
 from polyckpt.converted import Converted, Held
@@ -125,12 +125,14 @@ class Conversion:
             Problem("missing", "weights", pair.target.pieces[role].tensor, live=_shown(target, pair.target.pieces[role].tensor))
             for pair in self.plan.pairs
             for role in ("mean", "variance")
-            if role in pair.target.pieces and role not in pair.source.pieces
+            if role in pair.target.pieces
+            and role not in pair.source.pieces
+            and not formulas.making(pair.source, pair.target, role)
         ]
         made, losses = self.plan.moves()
         found += [self._lost(loss) for loss in losses if not self._is_void(loss)]
         for name, moves in made.items():
-            for source in {piece.tensor for move in moves for piece in move.sources}:
+            for source in {piece.tensor for move in moves for piece in move.rounded}:
                 if not self.options.cast and not widens(stored[source].dtype, target.tensors[name][1]):
                     found.append(
                         Problem(
@@ -149,7 +151,7 @@ class Conversion:
 
     def _lost(self, loss: Loss) -> Problem:
         stored = self.checkpoint.weights.stored[loss.piece.tensor]
-        hint = f"; where a batch norm follows, pass accept={{{FOLDED_BIAS!r}}}" if loss.value == 0 else ""
+        hint = f"; where a batch norm follows, pass accept={{{FOLDED_BIAS!r}}}" if loss.foldable else ""
         live = f"no place for it{hint}"
         return Problem("value", "weights", loss.piece.tensor, stored=f"{stored} not all {loss.value:g}", live=live)
 
@@ -341,7 +343,7 @@ def _turned(
         return tuple(each if pattern is None else _rearranged(each, pattern) for each, pattern in pairs)
     if source is None or target is None or None in (source.channels, target.channels) or source.channels == target.channels:
         return arguments
-    kernels = [unit.pieces.get("kernel") for unit in source.units if unit.kind in ("conv", "conv_transpose")]
+    kernels = [unit.kernel for unit in source.units if unit.kind in ("conv", "conv_transpose")]
     spatial = {len(kernel.shape) - 2 for kernel in kernels if kernel is not None}
     ends = (1, -1) if target.channels == "last" else (-1, 1)
     return tuple(np.moveaxis(each, *ends) if _is_image(each) and each.ndim - 2 in spatial else each for each in arguments)

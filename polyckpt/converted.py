@@ -64,6 +64,10 @@ class Converted(StoredTensor):
     def _value(self, move: Move) -> Any:
         if not move.sources:
             return move.constant
+        if move.formula:
+            wide = [piece.view(self._stored[piece.tensor].numpy()).astype(np.float64) for piece in move.sources]
+            made = move.formula([array.reshape(piece.shape) for array, piece in zip(wide, move.sources, strict=True)])
+            return made.reshape([size for group in move.target.factors for size in group])
         terms = [aligned(piece, self._stored[piece.tensor].numpy(), move.target) for piece in move.sources]
         terms = [-term if piece.sign != move.target.sign else term for piece, term in zip(move.sources, terms, strict=True)]
         total = terms[0]

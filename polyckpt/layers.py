@@ -15,6 +15,7 @@ n1, n2, ...     the normalised axes of a layer normalisation, in the order of th
 vocab, dim      rows and columns of an embedding
 gate, unit      gates of a recurrent cell (order in the config, `gate_order`) and its hidden units
 which           input or recurrent part, where one bias tensor holds both
+rest            all axes of a kernel but that of `kernel_u`, as one
 qkv, head, hd   query/key/value, attention heads, features of a head
 group           query heads that share a head of keys and values, where several do
 1               an axis of size one that means nothing; every kind may have it
@@ -33,6 +34,13 @@ _NORMALISED = frozenset({"c", *(f"n{i}" for i in range(1, 9))})
 _CELL = frozenset({"in", "gate", "unit"})
 _ATTENTION = frozenset({"in", "out", "qkv", "head", "group", "hd"})
 _BIAS = frozenset({"out"})
+_REPARAMETRISED = {
+    "kernel_direction": _KERNEL,
+    "kernel_norm": _KERNEL,
+    "kernel_raw": _KERNEL,
+    "kernel_u": _KERNEL,
+    "kernel_v": frozenset({"rest"}),
+}
 _CHANNELS = frozenset({"c"})
 
 _RECURRENT = {
@@ -46,10 +54,10 @@ _RECURRENT = {
 }
 
 KINDS: dict[str, dict[str, frozenset[str]]] = {
-    "linear": {"kernel": frozenset({"in", "out"}), "bias": _BIAS},
+    "linear": {"kernel": frozenset({"in", "out"}), "bias": _BIAS, **_REPARAMETRISED},
     "bilinear": {"kernel": frozenset({"out", "in1", "in2"}), "bias": _BIAS},
-    "conv": {"kernel": _KERNEL, "bias": _BIAS},
-    "conv_transpose": {"kernel": _KERNEL, "bias": _BIAS},
+    "conv": {"kernel": _KERNEL, "bias": _BIAS, **_REPARAMETRISED},
+    "conv_transpose": {"kernel": _KERNEL, "bias": _BIAS, **_REPARAMETRISED},
     "depthwise_conv": {"kernel": _KERNEL - {"out"} | {"mult"}, "bias": frozenset({"in", "mult"})},
     "separable_conv": {
         "depthwise_kernel": _KERNEL - {"out"} | {"mult"},
@@ -62,11 +70,12 @@ KINDS: dict[str, dict[str, frozenset[str]]] = {
         "mean": _CHANNELS,
         "variance": _CHANNELS,
         "count": frozenset(),
-        # Haiku: averages that began at zero, and their numbers of updates, by which those above were put right.
+        # Averages that began at zero, and their numbers of updates, by which those above are put right.
         "mean_biased": _CHANNELS,
         "variance_biased": _CHANNELS,
         "mean_updates": frozenset(),
         "variance_updates": frozenset(),
+        "unset": frozenset(),  # true as long as there are no averages
     },
     "layer_norm": {"scale": _NORMALISED, "offset": _NORMALISED},
     "rms_norm": {"scale": _NORMALISED},

@@ -18,6 +18,7 @@ from typing import Literal
 
 import numpy as np
 
+from polyckpt import formulas
 from polyckpt.units import BARE, OPTIONAL, Unit
 
 Order = Literal["execution", "definition", "name"]
@@ -121,8 +122,10 @@ def compatible(source: Unit, target: Unit) -> bool:
     both = source.pieces.keys() & target.pieces.keys()
     if any(source.pieces[role].shape != target.pieces[role].shape for role in both):
         return False
-    lone = source.pieces.keys() ^ target.pieces.keys()
-    return bool(both or not lone) and all(_is_optional(role) for role in lone)
+    made = {role: formulas.making(source, target, role) for role in target.pieces.keys() - source.pieces.keys()}
+    used = {name for formula in made.values() if formula for name in formula.inputs}
+    lone = {role for role, formula in made.items() if not formula} | (source.pieces.keys() - target.pieces.keys() - used)
+    return bool(both or used or not lone) and all(_is_optional(role) for role in lone)
 
 
 def _is_optional(role: str) -> bool:
@@ -132,7 +135,11 @@ def _is_optional(role: str) -> bool:
 
 def _signature(unit: Unit) -> object:
     """Equal for units that may be compatible."""
-    needed = {role: piece.shape for role, piece in unit.pieces.items() if not _is_optional(role)}
+    needed = {
+        "kernel" if role in formulas.KERNELS else role: piece.shape
+        for role, piece in unit.pieces.items()
+        if not _is_optional(role) and role not in formulas.HELPERS
+    }
     if not needed:
         needed = {"": next(iter(unit.pieces.values())).shape}
     return (unit.kind, tuple(sorted(needed.items())))

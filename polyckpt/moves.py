@@ -5,6 +5,8 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, replace
 
+from polyckpt import formulas
+from polyckpt.formulas import Compute
 from polyckpt.layers import RECURRENT
 from polyckpt.layouts import Piece
 from polyckpt.units import OPTIONAL, Unit
@@ -28,18 +30,27 @@ class Exactness(enum.StrEnum):
 
 @dataclass(frozen=True)
 class Move:
-    """What a piece of a live tensor becomes: the sum of `sources` and a constant; the constant alone where there are none."""
+    """What a piece of a live tensor becomes: the sum of `sources` and a constant; the constant alone where there are none.
+
+    formula: what is made of `sources` instead of their sum; the first is what the others change.
+    """
 
     target: Piece
     sources: tuple[Piece, ...]
     constant: float = 0.0
+    formula: Compute | None = None
+
+    @property
+    def rounded(self) -> tuple[Piece, ...]:
+        """The sources whose numbers arrive, so that a narrower type would round them."""
+        return self.sources[:1] if self.formula else self.sources
 
     @property
     def exactness(self) -> Exactness:
         """FOLDED where numbers are added up."""
         if not self.sources:
             return Exactness.DEFAULT
-        return Exactness.FOLDED if len(self.sources) > 1 or self.constant else Exactness.EXACT
+        return Exactness.FOLDED if len(self.sources) > 1 or self.constant or self.formula else Exactness.EXACT
 
 
 FOLDED_BIAS = "folded bias"
@@ -53,10 +64,11 @@ def less(move: Move, piece: Piece) -> Move:
 
 @dataclass(frozen=True)
 class Loss:
-    """A piece that the target has no place for; nothing is lost where all of it is `value`."""
+    """A piece that the target has no place for; nothing is lost where all of it is `value`. foldable: see FOLDED_BIAS."""
 
     piece: Piece
     value: float | None
+    foldable: bool = False
 
 
 def moves_of(source: Unit, target: Unit) -> tuple[list[Move], list[Loss]]:
@@ -64,19 +76,26 @@ def moves_of(source: Unit, target: Unit) -> tuple[list[Move], list[Loss]]:
     if source.kind in RECURRENT:
         return _recurrent_moves(source, target)
     moves = []
+    used: set[str] = set()
     for role, piece in target.pieces.items():
         # After many updates an average that began at zero is what it was put right to.
         held = role if role in source.pieces else role.removesuffix("_biased")
-        moves.append(Move(piece, (source.pieces[held],)) if held in source.pieces else Move(piece, (), OPTIONAL[role]))
+        used.add(held)
+        if formula := formulas.making(source, target, role):
+            inputs = tuple(source.pieces[name] for name in formula.inputs)
+            moves.append(Move(piece, inputs, formula=formula.bind(inputs, piece, source.config)))
+            used |= set(formula.inputs)
+        else:
+            moves.append(Move(piece, (source.pieces[held],)) if held in source.pieces else Move(piece, (), OPTIONAL[role]))
     lost = [
-        Loss(piece, OPTIONAL[role])
+        Loss(piece, OPTIONAL[role], foldable=role == "bias")
         for role, piece in source.pieces.items()
-        if role not in target.pieces and role not in _BOOKKEEPING
+        if role not in target.pieces and role not in _BOOKKEEPING | used
     ]
     return moves, lost
 
 
-_BOOKKEEPING = {"count", "mean_biased", "variance_biased", "mean_updates", "variance_updates"}
+_BOOKKEEPING = {"unset", "count", "mean_biased", "variance_biased", "mean_updates", "variance_updates"}
 """Roles that say how averages came about: without them the averages are what they are."""
 
 

@@ -86,7 +86,7 @@ def sliced(side: Side, texts: Iterable[str]) -> Side:
 def _cut(unit: Unit, labels: Iterable[str]) -> list[Unit]:
     axis = _OUTPUTS.get(unit.kind)
     merged = any(len(group) > 1 for piece in unit.pieces.values() for group in piece.order)
-    if axis is None or unit.part or merged or unit.config.get("groups", 1) != 1:
+    if axis is None or unit.part or merged or not unit.pieces.keys() <= {"kernel", "bias"} or unit.config.get("groups", 1) != 1:
         raise PlanError(f"{unit}: only the outputs of linear and convolutional layers can be cut, where they are one axis")
     count = unit.pieces["kernel"].shape[axis]
     wanted = {}

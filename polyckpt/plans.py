@@ -120,13 +120,13 @@ class Plan:
     def rows(self) -> list[Row]:
         """The plan line by line."""
         evidence = {name: pair.evidence for pair in self.pairs for name in pair.target.tensors}
-        flattened = {pair.target.pieces["kernel"].tensor: pair.flatten for pair in self.pairs if pair.flatten}
+        flattened = {pair.target.kernel.tensor: pair.flatten for pair in self.pairs if pair.flatten and pair.target.kernel}
         made, _ = self.moves()
         rounded = {
             name
             for name, moves in made.items()
             for move in moves
-            for piece in move.sources
+            for piece in move.rounded
             if not widens(self.source.tensors[piece.tensor][1], self.target.tensors[name][1])
         }
         rows = [

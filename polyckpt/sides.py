@@ -7,11 +7,12 @@ the channels first and the other last, those inputs change their order; where bo
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 from polyckpt import schema
 from polyckpt.layers import RECURRENT
+from polyckpt.layouts import Piece
 from polyckpt.matching import Order
 from polyckpt.units import BARE, Unit, units
 
@@ -82,9 +83,9 @@ class Flatten:
 
 def flattenings(source: Unit, target: Unit, ours: Side, theirs: Side) -> tuple[Flatten | None, ...]:
     """What the inputs of a linear unit may be, the likeliest first."""
-    if source.kind != "linear" or source.part:
+    if source.kind != "linear" or source.part or source.kernel is None:
         return (None,)
-    inputs = source.pieces["kernel"].shape[0]
+    inputs = source.kernel.shape[0]
     here, there = (side.flattened.get(unit.layer) for side, unit in ((ours, source), (theirs, target)))
     here, there = (shape if shape and math.prod(shape) == inputs else None for shape in (here, there))
     turned = None not in (ours.channels, theirs.channels) and ours.channels != theirs.channels
@@ -132,7 +133,7 @@ def _distinct(options: Sequence[Flatten | None]) -> tuple[Flatten | None, ...]:
 def _features(unit: Unit) -> int:
     """How many features a unit makes, 0 where that is not plain."""
     if unit.kind in ("linear", "conv", "conv_transpose"):
-        kernel = unit.pieces.get("kernel")
+        kernel = unit.kernel
         return 0 if kernel is None else kernel.shape[0 if unit.kind == "conv" else 1]
     if unit.kind == "embedding":
         return unit.pieces["embedding"].shape[1]
@@ -143,15 +144,21 @@ def _features(unit: Unit) -> int:
 
 def unflattened(source: Unit, flatten: Flatten | None) -> Unit:
     """The source with its inputs in the order that the target has."""
-    if flatten is None:
+    if flatten is None or source.kernel is None:
         return source
-    kernel = source.pieces["kernel"]
+    (inputs,) = source.kernel.order[0]
+    # Under spectral norm the singular vector over the inputs is in their order too.
+    along = {inputs, "rest"}
+    return replace(source, pieces={role: _reordered(piece, along, flatten) for role, piece in source.pieces.items()})
+
+
+def _reordered(piece: Piece, along: Set[str], flatten: Flatten) -> Piece:
+    """A piece with the axis that is one of `along`, if it has one, split and in another order."""
     names = tuple(f"f{axis}" for axis in range(len(flatten.shape)))
-    (inputs,) = kernel.order[0]
-    changed = replace(
-        kernel,
-        axes=tuple(tuple(each for axis in group for each in (names if axis == inputs else (axis,))) for group in kernel.axes),
-        sizes={**kernel.sizes, **dict(zip(names, flatten.shape, strict=True))},
-        order=(tuple(names[axis] for axis in flatten.order), *kernel.order[1:]),
+    turned = tuple(names[axis] for axis in flatten.order)
+    return replace(
+        piece,
+        axes=tuple(tuple(each for axis in group for each in (names if axis in along else (axis,))) for group in piece.axes),
+        sizes={**piece.sizes, **dict(zip(names, flatten.shape, strict=True))},
+        order=tuple(turned if set(group) & along else group for group in piece.order),
     )
-    return replace(source, pieces={**source.pieces, "kernel": changed})

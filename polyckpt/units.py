@@ -43,6 +43,11 @@ class Unit:
         """What plans and rules call it."""
         return f"{self.layer}:{self.part}" if self.part else self.layer
 
+    @property
+    def kernel(self) -> Piece | None:
+        """The kernel, in whatever terms it is held."""
+        return next((self.pieces[role] for role in _KERNELS if role in self.pieces), None)
+
     def __str__(self) -> str:
         shapes = ", ".join(f"{role} {list(piece.shape)}" for role, piece in self.pieces.items())
         return f"{self.path or '(the whole)'}: {self.kind} ({shapes})"
@@ -70,14 +75,18 @@ def _projection(name: str) -> _Part:
     return _Part(name, "linear", {f"{name}_kernel": ("kernel", kernel), f"{name}_bias": ("bias", bias)})
 
 
+def _reparametrised(axes: str) -> dict[str, str]:
+    return {"kernel_direction": axes, "kernel_norm": axes, "kernel_raw": axes, "kernel_u": axes, "kernel_v": "rest"}
+
+
 _NORM = {"scale": "c", "offset": "c", "mean": "c", "variance": "c", "count": ""}
-_BIASED = {"mean_biased": "c", "variance_biased": "c", "mean_updates": "", "variance_updates": ""}
+_BIASED = {"unset": "", "mean_biased": "c", "variance_biased": "c", "mean_updates": "", "variance_updates": ""}
 
 _PARTS: dict[str, tuple[_Part, ...]] = {
-    "linear": _whole("linear", kernel="in out", bias="out"),
+    "linear": _whole("linear", kernel="in out", bias="out", **_reparametrised("in out")),
     "bilinear": _whole("bilinear", kernel="in1 in2 out", bias="out"),
-    "conv": _whole("conv", kernel="out in k", bias="out"),
-    "conv_transpose": _whole("conv_transpose", kernel="in out k", bias="out"),
+    "conv": _whole("conv", kernel="out in k", bias="out", **_reparametrised("out in k")),
+    "conv_transpose": _whole("conv_transpose", kernel="in out k", bias="out", **_reparametrised("in out k")),
     "depthwise_conv": (_Part("", "conv", {"kernel": ("kernel", "(in mult) 1 k"), "bias": ("bias", "(in mult)")}),),
     "separable_conv": (
         _Part("depthwise", "conv", {"depthwise_kernel": ("kernel", "(in mult) 1 k")}),
@@ -110,6 +119,8 @@ _RECURRENT = {
     "projection": "unit out",
 }
 
+_KERNELS = ("kernel", "kernel_direction", "kernel_raw")
+
 OPTIONAL = {
     "bias": 0.0,
     "scale": 1.0,
@@ -121,6 +132,7 @@ OPTIONAL = {
     "variance_biased": 1.0,
     "mean_updates": float(1 << 20),
     "variance_updates": float(1 << 20),
+    "unset": 0.0,
 }
 """Roles that a unit may lack, and the value that a lacking one amounts to. After many updates an average is biased no more."""
 
@@ -193,13 +205,18 @@ def _unit(layer: Layer, part: str, kind: str, pieces: Mapping[str, Piece]) -> Un
 
 def _canonical(unit: Unit) -> Unit:
     """A convolution that looks at one place alone is linear."""
-    kernel = unit.pieces.get("kernel")
+    kernels = {role: piece for role, piece in unit.pieces.items() if role in _KERNELS}
     groups = unit.config.get("groups", 1)
-    if unit.kind != "conv" or kernel is None or groups != 1 or len(kernel.shape) < 3 or math.prod(kernel.shape[2:]) != 1:
+    if unit.kind != "conv" or not kernels or groups != 1:
         return unit
-    spatial = [axis for group in kernel.order[2:] for axis in group]
-    plain = replace(kernel, order=(kernel.order[1], kernel.order[0]), pick={**kernel.pick, **dict.fromkeys(spatial, 0)})
-    return replace(unit, kind="linear", pieces={**unit.pieces, "kernel": plain})
+    plain = {}
+    for role, kernel in kernels.items():
+        if len(kernel.shape) < 3 or math.prod(kernel.shape[2:]) != 1:
+            return unit
+        spatial = [axis for group in kernel.order[2:] for axis in group]
+        pick = {**kernel.pick, **dict.fromkeys(spatial, 0)}
+        plain[role] = replace(kernel, order=(kernel.order[1], kernel.order[0]), pick=pick)
+    return replace(unit, kind="linear", pieces={**unit.pieces, **plain})
 
 
 def _bare(layer: Layer, role: str, entry: Role, shape: tuple[int, ...]) -> Unit:

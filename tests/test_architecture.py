@@ -31,6 +31,7 @@ LAYERS = [
     ["schema", "checksums", "names", "dtypes"],
     ["leaves", "layers", "layouts", "optimizers", "scalars", "policy", "background", "preemption"],
     ["residue", "staging", "rules", "units"],
+    ["formulas"],
     ["matching", "moves"],
     ["sides"],
     ["path_rules"],

@@ -170,10 +170,22 @@ def _eqx_conv_config(layer: Any) -> dict[str, Any]:
     return {"groups": layer.groups, "channels": "first"}
 
 
+_EQX_STATISTICS = {
+    "ema": {
+        "ema_state_index.0": ("mean", "c"),
+        "ema_state_index.1": ("variance", "c"),
+        "ema_first_time_index": ("unset", ""),
+    },
+    "batch": {
+        "batch_state_index.0": ("mean_biased", "c"),
+        "batch_state_index.1": ("variance_biased", "c"),
+        "batch_counter": ("mean_updates", ""),
+    },
+}
+
+
 def _eqx_batch_norm(layer: Any) -> dict[str, tuple[str, str]]:
-    # The other mode keeps statistics that have to be divided by what depends on a count.
-    running = {"ema_state_index.0": ("mean", "c"), "ema_state_index.1": ("variance", "c")} if layer.mode == "ema" else {}
-    return {"weight": ("scale", "c"), "bias": ("offset", "c"), **running}
+    return {"weight": ("scale", "c"), "bias": ("offset", "c"), **_EQX_STATISTICS[layer.mode]}
 
 
 def _eqx_norm(layer: Any) -> dict[str, tuple[str, str]]:
@@ -227,14 +239,36 @@ _EQUINOX: dict[str, Row] = {
 _ROWS = {"flax.nnx": _NNX, "equinox.nn": _EQUINOX}
 
 
+def _reparametrised(node: Any) -> Row | None:
+    """The row of an Equinox layer that computes the kernel of the layer it holds of other tensors."""
+    names = {kind.__name__ for package, kind in classes(node) if package == "equinox.nn"}
+    if not names & {"WeightNorm", "SpectralNorm"} or not isinstance(getattr(node, "weight_name", None), str):
+        return None
+    inner, name = row_of(node.layer), node.weight_name
+    if inner is None or inner.roles(node.layer).get(name, ("",))[0] != "kernel" or not is_plain(node.layer):
+        return None
+    roles = dict(inner.roles(node.layer))
+    parts = roles.pop(name)[1].split()
+    held = {f"layer.{key}": role for key, role in roles.items()}
+    if "WeightNorm" in names:
+        kept = " ".join(part if place == node.axis else "1" for place, part in enumerate(parts))
+        held |= {f"layer.{name}": ("kernel_direction", " ".join(parts)), "g": ("kernel_norm", kept)}
+    else:
+        held |= {f"layer.{name}": ("kernel_raw", " ".join(parts))}
+        held |= {"uv_index.0": ("kernel_u", parts[0]), "uv_index.1": ("kernel_v", "rest")}
+    return Row(inner.kind, lambda _: held, lambda _: inner.config(node.layer))
+
+
 def row_of(node: Any) -> Row | None:
     """The row of the nearest class of `node` that is a layer of a library."""
+    if reparametrises(node):
+        return _reparametrised(node)
     return next((_ROWS[package][kind.__name__] for package, kind in classes(node) if kind.__name__ in _ROWS[package]), None)
 
 
 def is_plain(node: Any) -> bool:
     """Whether `node` computes as the class of its row does: a subclass may have a call of its own."""
-    kind = next(kind for package, kind in classes(node) if kind.__name__ in _ROWS[package])
+    kind = next(kind for package, kind in classes(node) if kind.__name__ in {*_ROWS[package], *_REPARAMETRISING})
     return type(node).__call__ is kind.__call__
 
 
@@ -246,7 +280,10 @@ def classes(node: Any) -> Iterator[tuple[str, Any]]:
 
 def reparametrises(node: Any) -> bool:
     """Whether `node` changes the weights of the layers it holds before it applies them: they are not what they seem."""
-    return any(kind.__name__ in ("WeightNorm", "SpectralNorm") for _, kind in classes(node))
+    return any(kind.__name__ in _REPARAMETRISING for _, kind in classes(node))
+
+
+_REPARAMETRISING = ("WeightNorm", "SpectralNorm")
 
 
 def directed(node: Any) -> Iterator[tuple[Any, str]]:

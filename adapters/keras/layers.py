@@ -237,8 +237,20 @@ def _row(layer: Any) -> Row | None:
     row = _einsum_row(layer) if base is keras.layers.EinsumDense else _ROWS.get(base.__name__)
     if getattr(layer, "rms_scaling", False):
         return None  # It divides by the standard deviation and subtracts no mean: neither layer_norm nor rms_norm.
+    if row is not None and row.kind in ("layer_norm", "rms_norm") and not _normalises_last(layer):
+        return None
     own_call = not type(layer).call.__module__.startswith("keras.")
     return None if row is None or (own_call and row.kind not in _OF_ANY_CALL) else row
+
+
+def _normalises_last(layer: Any) -> bool:
+    """Whether the normalised axes are the last ones in the order of the input's, which is what the table's norms do."""
+    given = layer.axis if isinstance(layer.axis, list | tuple) else [layer.axis]
+    shape = (getattr(layer, "_build_shapes_dict", None) or {}).get("input_shape")
+    if shape is None and any(axis >= 0 for axis in given):
+        return False
+    rank = len(shape) if shape is not None else 0
+    return [axis if axis < 0 else axis - rank for axis in given] == list(range(-len(given), 0))
 
 
 def _einsum_row(layer: Any) -> Row | None:

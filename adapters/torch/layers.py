@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from polyckpt.adapters.torch import reparametrised
 from polyckpt.layers import CUSTOM, axes
 from polyckpt.schema import Layer, Role, to_number
 
@@ -197,12 +198,17 @@ def _own_keys(module: nn.Module) -> list[str]:
     keys = [*module._parameters.keys(), *module._buffers.keys()]
     if isinstance(module, nn.MultiheadAttention):
         keys += [f"out_proj.{key}" for key in module.out_proj._parameters]
+    if parametrize.is_parametrized(module) and reparametrised.known(module):
+        lists: Any = module.parametrizations
+        keys += [
+            f"parametrizations.{key}" for tensors in (lists.named_parameters(), lists.named_buffers()) for key, _ in tensors
+        ]
     return keys
 
 
 def _tensor(module: nn.Module, key: str) -> torch.Tensor | None:
     owner, _, name = key.rpartition(".")
-    owning: Any = getattr(module, owner) if owner else module
+    owning: Any = module.get_submodule(owner) if owner else module
     found: torch.Tensor | None = owning._parameters[name] if name in owning._parameters else owning._buffers[name]
     return found
 
@@ -220,7 +226,7 @@ def _layers_of(module: nn.Module, path: str, own: dict[str, str]) -> list[tuple[
         return []  # another layer's: the output projection of an attention
     if row is None:
         return [(_layer(path, CUSTOM, kind, {}, _custom_roles(module, own), own), list(own.values()))] if own else []
-    known = row.roles(module)
+    known = row.roles(module) | reparametrised.roles(module, row.roles(module).get("weight"))
     if set(own) - set(known):
         # A known class with further tensors (parametrised, subclassed) is not what the row says.
         return [(_layer(path, CUSTOM, kind, {}, _custom_roles(module, own), own), list(own.values()))]
@@ -228,7 +234,7 @@ def _layers_of(module: nn.Module, path: str, own: dict[str, str]) -> list[tuple[
 
 
 def _row(module: nn.Module) -> Row | None:
-    if isinstance(module, torch.jit.ScriptModule) or parametrize.is_parametrized(module):
+    if isinstance(module, torch.jit.ScriptModule) or (parametrize.is_parametrized(module) and not reparametrised.known(module)):
         return None
     row = next((row for kind, row in _ROWS.items() if isinstance(module, kind)), None)
     if row is None:
@@ -241,7 +247,7 @@ def _is_plain(module: nn.Module) -> bool:
     return (
         not isinstance(module, torch.jit.ScriptModule)
         and type(module).forward.__module__.startswith("torch.nn.")
-        and not parametrize.is_parametrized(module)
+        and (not parametrize.is_parametrized(module) or reparametrised.known(module))
     )
 
 

@@ -400,10 +400,12 @@ def test_batch_norms_of_equinox_with_and_without_their_state() -> None:
     made = jax.vmap(lambda x: model[0](x, state)[0])(x)
     same(made, norm(one, x, 1e-2, (), 1))
     assert kinds({"state": state, "a model": model})["a model/0"] == "batch_norm"
-    assert known({"state": state, "z": model}, "batch_norm").layer.roles.keys() == {"scale", "offset", "mean", "variance"}
+    averages = {"mean", "variance", "unset"}
+    assert known({"state": state, "z": model}, "batch_norm").layer.roles.keys() == {"scale", "offset", *averages}
     assert known(model, "batch_norm").layer.roles.keys() == {"scale", "offset"}
-    # The other mode keeps sums that have to be divided first, and two models count their states alike.
-    assert known(build("batch"), "batch_norm").layer.roles.keys() == {"scale", "offset"}
+    biased = {"mean_biased", "variance_biased", "mean_updates"}
+    assert known(build("batch"), "batch_norm").layer.roles.keys() == {"scale", "offset", *biased}
+    # Two models count their states alike.
     two = described([build("ema"), build("ema")])
     assert [layer.roles.keys() for layer in two.values() if layer.kind == "batch_norm"] == [{"scale", "offset"}] * 2
 
@@ -565,7 +567,8 @@ def test_what_changes_its_weights_is_custom() -> None:
     x = noise(BATCH, 3)
     assert set(kinds(of_nnx(lambda rngs: nnx.WeightNorm(nnx.Linear(3, 4, rngs=rngs), rngs=rngs))).values()) == {"custom"}
     assert set(kinds(of_nnx(lambda rngs: nnx.SpectralNorm(nnx.Linear(3, 4, rngs=rngs), rngs=rngs))).values()) == {"custom"}
-    assert set(kinds(eqx.nn.WeightNorm(of_equinox(eqx.nn.Linear, 3, 4))).values()) == {"custom"}
+    twice = eqx.nn.WeightNorm(eqx.nn.WeightNorm(of_equinox(eqx.nn.Linear, 3, 4)), "g")
+    assert set(kinds(twice).values()) == {"custom"}
 
     class Model(nn.Module):
         @nn.compact
