@@ -20,7 +20,7 @@ from polyckpt.checkpoint import Checkpoint, StoredTensor, verify_all
 from polyckpt.converted import Converted, Held
 from polyckpt.dtypes import widens
 from polyckpt.errors import AmbiguityError, MismatchError, ParityError, PlanError, Problem, UnsupportedError
-from polyckpt.matching import PROOFS, compatible
+from polyckpt.matching import AGREED, PROOFS, compatible
 from polyckpt.moves import FOLDED_BIAS, Loss
 from polyckpt.parity import Comparison, Probe, Recording
 from polyckpt.plans import Plan, Row
@@ -58,6 +58,13 @@ class Options:
     tolerance: float | None = None
     accept: Collection[str] = ()
     apply: Callable[..., Any] | None = None
+
+    def __post_init__(self) -> None:
+        """Raises PlanError for what nobody can accept, a misspelt name above all."""
+        known = {AGREED, FOLDED_BIAS}
+        given = {self.accept} if isinstance(self.accept, str) else set(self.accept)
+        if isinstance(self.accept, str) or not given <= known:
+            raise PlanError(f"accept={self.accept!r}: pass a set of names out of {', '.join(map(repr, sorted(known)))}")
 
 
 @dataclass(frozen=True)
@@ -257,6 +264,8 @@ class Conversion:
             lines.append(f"{comparison.first[0]} took the weights of {partner}; all compared layers that ran before it agree")
         lines += [f"differs: {note}" for note in plan.notes]
         lines += [f"not settled: {problem}" for problem in plan.problems()]
+        if hint := _axes_hint(plan.source, plan.target, self.arguments, self.options):
+            lines.append(hint.removeprefix(". "))
         if runs > 1:
             lines.append(f"{runs} ways to pair what is alike were tried, and none agrees")
         lines.append(
@@ -293,7 +302,10 @@ def prepare(checkpoint: Checkpoint, probe: Probe | None, adapter: Adapter, model
         probe = None  # a tree of parameters: what they compute is known to `apply` alone
     if probe is not None:
         arguments = _turned(probe.arguments, source, target, options.probe_axes)
-        target = _seen(target, parity.record(adapter, model, arguments, options.apply))
+        try:
+            target = _seen(target, parity.record(adapter, model, arguments, options.apply))
+        except UnsupportedError as error:
+            raise UnsupportedError(f"{error}{_axes_hint(source, target, arguments, options)}") from error
     plan = plans.make(source, target, rules=options.rules, pairs=options.pairs, accept=options.accept)
     return Conversion(checkpoint, adapter, model, options, captured, aliases, probe, arguments, plan)
 
@@ -347,6 +359,17 @@ def _turned(
     spatial = {len(kernel.shape) - 2 for kernel in kernels if kernel is not None}
     ends = (1, -1) if target.channels == "last" else (-1, 1)
     return tuple(np.moveaxis(each, *ends) if _is_image(each) and each.ndim - 2 in spatial else each for each in arguments)
+
+
+def _axes_hint(source: Side, target: Side, arguments: tuple[Any, ...], options: Options) -> str:
+    """What may be amiss where a batch of images was handed on as it was."""
+    unknown = options.probe_axes is None and None in (source.channels, target.channels)
+    if not unknown or not any(_is_image(each) for each in arguments):
+        return ""
+    return (
+        ". The probe's axes were left as they are, since no convolution tells where the channels lie on both sides: if the "
+        'model wants them elsewhere, pass probe_axes="b c h w -> b h w c"'
+    )
 
 
 def _rearranged(argument: Any, pattern: str) -> np.ndarray:

@@ -157,7 +157,11 @@ def check_norms() -> None:
     assert found.entry.config == {"epsilon": 0.1, "momentum": 0.99, "momentum_is": "share of the old"}
     arguments = [found(role, "c") for role in ("mean", "variance", "scale", "offset")]
     found.agrees(last(functional.batch_norm(first(found.inputs[0]), *arguments, eps=0.1)))
-    for axis, pattern in [(-1, "n1"), ([1, 2], "n1 n2")]:
+    for axis in (1, -2, [0, 2]):
+        layer = layers.LayerNormalization(axis)
+        layer.build((4, 5, 3))
+        assert [entry.kind for entry in KerasAdapter().capture_model(layer).layers] == ["custom"], axis
+    for axis, pattern in [(-1, "n1"), (2, "n1"), ([1, 2], "n1 n2"), ([-2, -1], "n1 n2")]:
         found = Described(layers.LayerNormalization(axis, epsilon=0.1), (4, 5, 3))
         scale = found("scale", pattern)
         assert found.entry.kind == "layer_norm" and found.entry.config == {"epsilon": 0.1}

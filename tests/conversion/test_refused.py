@@ -335,3 +335,29 @@ def test_what_is_converted_is_verified_before_it_is_written(source: Source, plai
     Converted("stem.weight", "float32", (6, 4), made["stem.weight"], stored).verify()
     with pytest.raises(polyckpt.CorruptError, match=r"last\.weight"):
         Converted("top.weight", "float32", (3, 6), made["top.weight"], stored).verify()
+
+
+@pytest.mark.parametrize("shape", [(2, 6, 5, 3), (2, 6, 6, 6)])  # it cannot be run, or computes something else
+def test_a_batch_whose_axes_nothing_tells_gives_a_hint(shape: tuple[int, ...], tmp_path: Path) -> None:
+    import haiku as hk
+    import jax
+
+    norm = nn.BatchNorm2d(6)
+    torch.nn.init.normal_(norm.running_mean)
+    batch = np.random.default_rng(0).random(shape, dtype=np.float32)
+    path = polyckpt.save(tmp_path / "norm", nn.Sequential(norm).eval(), probe=batch)
+    norms = hk.transform_with_state(lambda x: hk.BatchNorm(True, True, 0.9)(x, is_training=hk.running_init()))
+    params, state = norms.init(jax.random.key(0), np.moveaxis(batch, 1, -1))
+
+    def apply(model: Any, x: Any) -> Any:
+        return norms.apply(*model, None, x)[0]
+
+    with pytest.raises((polyckpt.UnsupportedError, ParityError), match=r'probe_axes="b c h w -> b h w c"'):
+        polyckpt.load(path, (params, state), apply=apply)
+    restored = polyckpt.load(path, (params, state), apply=apply, probe_axes="b c h w -> b h w c")
+    assert restored.report is not None and restored.report.parity is not None and restored.report.parity.agrees
+
+
+@pytest.mark.parametrize("accept", ["names and order", {"name and order"}, ["folded bias", "x"]])
+def test_what_cannot_be_accepted_is_refused(accept: Any, plain: Path) -> None:
+    refused(PlanError, "accept=.*'folded bias', 'names and order'", plain, Target(), accept=accept)

@@ -18,8 +18,8 @@ TWINS = {
     "keras": ["U-Net", "BERT", "GPT-2", "BiLSTM tagger"],
     "nnx": ["U-Net", "BERT", "GPT-2", "BiLSTM tagger"],
     "linen": ["U-Net", "BERT", "GPT-2"],
-    "equinox": ["BERT", "GPT-2", "BiLSTM tagger"],
-    "haiku": ["BERT", "GPT-2"],
+    "equinox": ["U-Net", "BERT", "GPT-2", "BiLSTM tagger"],
+    "haiku": ["U-Net", "BERT", "GPT-2"],
 }
 PAIRS = [(framework, model) for framework, models in TWINS.items() for model in models]
 
