@@ -87,14 +87,18 @@ CONVENTIONS: dict[str, dict[str, str]] = {
         "inside_sqrt": "sqrt(second moment + epsilon)",
         "in_norm": "max(decayed norm, |g| + epsilon)",
         "in_square": "average of g^2 + epsilon",
+        "as_bound": "max(average of g^2, epsilon)",
     },
     "weight_decay": {
         "coupled": "g + weight_decay * w, before the slots",
         "decoupled": "w - lr * weight_decay * w, apart from the slots",
+        "in_trust_ratio": "added to the update before its norm is taken (Lamb)",
     },
     "momentum": {
         "unscaled": "the momentum holds gradients; lr multiplies it at each update",
-        "scaled_by_learning_rate": "the momentum holds updates: lr was multiplied in when each was added",
+        "scaled_by_learning_rate": "the momentum holds updates, to be added: -lr was multiplied in when each came",
+        "scaled_and_subtracted": "the momentum holds updates, to be subtracted: lr was multiplied in when each came",
+        "average": "the momentum holds an average of gradients: each came with a share of 1 - momentum",
     },
     "max_second_moment": {
         "raw": "maximum of the second moment",
@@ -103,6 +107,10 @@ CONVENTIONS: dict[str, dict[str, str]] = {
     "momentum_schedule": {
         "decaying": "beta1 * (1 - 0.96 ** (step * momentum_decay) / 2)",
         "constant": "beta1",
+    },
+    "rate": {
+        "as_given": "lr",
+        "bounded": "min(lr, 1 / sqrt(step))",
     },
     "accumulator": {"sum": "the accumulator holds a sum of gradients", "mean": "their running mean"},
 }

@@ -14,7 +14,7 @@ import numpy as np
 
 from polyckpt import names, optimizers
 from polyckpt.adapter import ModelCapture, OptimizerCapture, Restore, StoredOptimizer
-from polyckpt.adapters.jax import arrays, trees
+from polyckpt.adapters.jax import arrays, transforms, trees
 from polyckpt.adapters.jax.trees import Entry
 from polyckpt.errors import CorruptError
 from polyckpt.leaves import Leaf
@@ -22,10 +22,11 @@ from polyckpt.schema import ParameterGroup, to_number
 
 
 class Carried(NamedTuple):
-    """What a train state carries of its optimizer."""
+    """What a train state carries of its optimizer, or a caller gives of one. tx: the transformation that the state is of."""
 
     opt_state: Any
     step: Any
+    tx: Any = None
 
 
 _MEANINGS: dict[tuple[str, str], str] = {
@@ -136,15 +137,19 @@ def capture(optimizer: Any, model: ModelCapture) -> OptimizerCapture:
         slot, within = _split(name, by_slot)
         slots.setdefault(slot, {})[_parameter(within, prefix) if by_slot[slot].prefixes else within] = leaf
     meanings = {slot: _meaning(by_slot[slot].owner, each, shapes) for slot, each in slots.items()}
+    told = _told(optimizer, state, prefix, model)
+    if told is not None:
+        meanings |= {slot: meaning for slot in slots if (meaning := _ADAM_NU.get((told.family, *by_slot[slot].owner)))}
     injected = {path: node for path, (kind, node) in states.items() if kind in _INJECTED}
     groups = [_group(path, node, slots, model) for path, node in injected.items()]
     rates = [_float(node.hyperparams["learning_rate"]) for node in injected.values() if "learning_rate" in node.hyperparams]
     return OptimizerCapture(
         type=names.type_name(state if isinstance(optimizer, Carried) else optimizer),
-        family=_family([kind for kind, _ in states.values()], set(meanings.values())),
+        family=told.family if told else _family([kind for kind, _ in states.values()], set(meanings.values())),
         slots=slots,
         meanings=meanings,
-        groups=groups,
+        groups=told.groups if told else groups,
+        conventions=told.conventions if told else {},
         step=_step(found, places, carried),
         native={
             **native,
@@ -152,8 +157,54 @@ def capture(optimizer: Any, model: ModelCapture) -> OptimizerCapture:
             "states": {names.join(path): kind for path, (kind, _) in states.items()},
             "carried": trees.as_tree(carried, "optimizer") if carried else None,
         },
-        learning_rate=rates[0] if len(rates) == 1 else None,
+        learning_rate=told.learning_rate if told else rates[0] if len(rates) == 1 else None,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What the transformation says of an optimizer."""
+
+    family: str
+    conventions: dict[str, str]
+    groups: list[ParameterGroup]
+    learning_rate: float | tuple[float, ...]
+
+
+_ADAM_NU = {
+    **{(family, "ScaleByAdamState", "nu"): "second_moment" for family in ("adam", "nadam", "radam", "lamb")},
+    ("adamax", "ScaleByAdamState", "nu"): "infinity_norm",
+}
+"""Family, state class and field -> what it holds."""
+
+
+def _told(optimizer: Any, state: Any, prefix: str | None, model: ModelCapture) -> _Told | None:
+    """What the transformation says, where it is at hand and can be read; groups of two families are beyond the tables."""
+    tx = getattr(optimizer, "tx", None)
+    if tx is None:
+        return None
+    if prefix is None:
+        prefix = "params" if any(name.startswith("params/") for name, _ in model.parameters) else ""
+    inside = {_within(name, prefix): name for name, _ in model.parameters if not prefix or name.startswith(f"{prefix}/")}
+    found = transforms.describe(tx, state, {path: model.weights[name] for path, name in inside.items()})
+    if not found:
+        return None
+    conventions: dict[str, str] = {}
+    for _, described in found:
+        conventions |= described.conventions
+    if len({described.family for _, described in found}) > 1 or any(
+        conventions[name] != choice for _, described in found for name, choice in described.conventions.items()
+    ):
+        return None
+    groups = [
+        ParameterGroup(
+            parameters=tuple(inside[path] for path in paths),
+            hyperparameters={name: to_number(value) for name, value in described.hyperparameters.items()},
+        )
+        for paths, described in found
+    ]
+    rates = tuple(float(described.hyperparameters["learning_rate"]) for _, described in found)
+    return _Told(found[0][1].family, conventions, groups, rates if len(rates) > 1 else rates[0])
 
 
 def prepare(optimizer: Any, stored: StoredOptimizer) -> Restore:

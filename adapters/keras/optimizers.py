@@ -57,7 +57,7 @@ _ROWS: dict[str, Row] = {
         "rmsprop",
         {"velocities": "second_moment", "momentums": "momentum", "average_gradients": "first_moment"},
         {"rho": "rho", "momentum": "momentum", "epsilon": "epsilon", "centered": "centered"},
-        {"epsilon": "inside_sqrt", "momentum": "scaled_by_learning_rate"},
+        {"epsilon": "inside_sqrt", "momentum": "scaled_and_subtracted"},
     ),
     "Adagrad": Row(
         "adagrad",
@@ -77,10 +77,13 @@ _ROWS: dict[str, Row] = {
         "adafactor",
         {"r": "row_second_moment", "c": "column_second_moment", "v": "second_moment"},
         {"beta2_decay": "beta_2_decay", "epsilon": "epsilon_1", "epsilon2": "epsilon_2", "clip_threshold": "clip_threshold"},
-        {"epsilon": "in_square"},
+        {"epsilon": "in_square", "rate": "bounded"},
     ),
     "Muon": Row(
-        "muon", {"momentums": "momentum", "adam_velocities": "second_moment"}, {"momentum": "momentum", "nesterov": "nesterov"}
+        "muon",
+        {"momentums": "momentum", "adam_velocities": "second_moment"},
+        {"momentum": "momentum", "nesterov": "nesterov"},
+        {"momentum": "unscaled"},
     ),
     "Ftrl": Row(
         "ftrl", {"accumulators": "squared_sum", "linears": "linear"}, {"initial_accumulator": "initial_accumulator_value"}

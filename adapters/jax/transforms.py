@@ -1,0 +1,325 @@
+"""What an optax transformation does: read from what its functions hold, since its state does not say.
+
+A transformation is a pair of functions. The update function of each of optax's is named after the function that made it
+("scale_by_adam.<locals>.update_fn"), and its free variables are the arguments (b1, b2, eps). What is not known here, or would
+mean something else than the tables of polyckpt.optimizers, is not described at all.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import numpy as np
+
+from polyckpt import names
+from polyckpt.leaves import Leaf
+
+
+@dataclass(frozen=True)
+class Step:
+    """One transformation of a chain. name: of the function of optax that made it. state: its own.
+
+    only: the parameters that it changes, None for all.
+    """
+
+    name: str
+    values: Mapping[str, Any]
+    state: Any
+    only: frozenset[str] | None = None
+
+
+@dataclass(frozen=True)
+class Described:
+    """A chain in neutral terms, as in schema.Optimizer and schema.ParameterGroup."""
+
+    family: str
+    conventions: Mapping[str, str]
+    hyperparameters: Mapping[str, Any]
+
+
+class _UnknownError(Exception):
+    """A transformation that cannot be read."""
+
+
+def describe(tx: Any, state: Any, parameters: Mapping[str, Leaf]) -> list[tuple[tuple[str, ...], Described]] | None:
+    """The parameters that are updated alike, and how; None where the transformation cannot be read.
+
+    state: the state of `tx`. parameters: by their paths in the tree that it is of.
+    """
+    try:
+        steps = list(_read(tx, state, parameters, None))
+        groups: dict[str, tuple[list[str], Described]] = {}
+        for name in parameters:
+            own = [step for step in steps if step.only is None or name in step.only]
+            if any(step.name == "set_to_zero" for step in own):
+                continue  # frozen
+            described = _described(own)
+            groups.setdefault(repr(described), ([], described))[0].append(name)
+    except _UnknownError:
+        return None
+    return [(tuple(inside), described) for inside, described in groups.values()]
+
+
+# From functions to steps.
+
+
+def held(function: Any) -> dict[str, Any]:
+    """The free variables of a function, and those of the functions among them that were made beside it."""
+    function = getattr(function, "__func__", function)
+    found: dict[str, Any] = {}
+    for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+        try:
+            found[name] = cell.cell_contents
+        except ValueError:  # not assigned yet
+            continue
+    for value in list(found.values()):
+        beside = getattr(value, "__qualname__", "").partition(".<locals>")[0] == _maker(function)
+        if beside and hasattr(value, "__code__"):
+            found = {**held(value), **found}
+    return found
+
+
+def _maker(function: Any) -> str:
+    return str(getattr(function, "__qualname__", "")).partition(".<locals>")[0]
+
+
+def _read(tx: Any, state: Any, parameters: Mapping[str, Leaf], only: frozenset[str] | None) -> Iterator[Step]:
+    update = tx.update
+    if isinstance(update, functools.partial) or not hasattr(getattr(update, "__func__", update), "__code__"):
+        raise _UnknownError(repr(update))
+    if not str(getattr(update, "__module__", "")).startswith("optax."):
+        raise _UnknownError(f"{update.__module__}.{update.__qualname__}")
+    name = _maker(update)
+    if name == "MultiSteps.update":
+        yield from _read(update.__self__._opt, state.inner_opt_state, parameters, only)
+        return
+    values = held(update)
+    if name in _CONTAINERS:
+        yield from _CONTAINERS[name](values, state, parameters, only)
+    else:
+        yield Step(name, values, state, only)
+
+
+_Reader = Callable[[Mapping[str, Any], Any, Mapping[str, Leaf], frozenset[str] | None], Iterator[Step]]
+
+
+def _chain(
+    values: Mapping[str, Any], state: Any, parameters: Mapping[str, Leaf], only: frozenset[str] | None
+) -> Iterator[Step]:
+    for update, each in zip(values["update_fns"], state, strict=True):
+        yield from _read(_Only(update), each, parameters, only)
+
+
+@dataclass(frozen=True)
+class _Only:
+    """A transformation of which only the update function is at hand."""
+
+    update: Any
+
+
+def _wrapped(
+    values: Mapping[str, Any], state: Any, parameters: Mapping[str, Leaf], only: frozenset[str] | None
+) -> Iterator[Step]:
+    yield from _read(values["tx"], state, parameters, only)
+
+
+def _inner(
+    values: Mapping[str, Any], state: Any, parameters: Mapping[str, Leaf], only: frozenset[str] | None
+) -> Iterator[Step]:
+    yield from _read(values["inner"], state.inner_state, parameters, only)
+
+
+def _masked(
+    values: Mapping[str, Any], state: Any, parameters: Mapping[str, Leaf], only: frozenset[str] | None
+) -> Iterator[Step]:
+    chosen = {name for name, value in _spread(values["mask"], parameters).items() if value}
+    yield from _read(values["inner"], state.inner_state, parameters, _both(only, chosen))
+
+
+def _partition(
+    values: Mapping[str, Any], state: Any, parameters: Mapping[str, Leaf], only: frozenset[str] | None
+) -> Iterator[Step]:
+    labels = _spread(values["param_labels"], parameters)
+    for label, tx in values["transforms"].items():
+        chosen = {name for name, value in labels.items() if value == label}
+        within = state.inner_states[label]
+        yield from _read(tx, getattr(within, "inner_state", within), parameters, _both(only, chosen))
+
+
+def _injected(
+    values: Mapping[str, Any], state: Any, parameters: Mapping[str, Leaf], only: frozenset[str] | None
+) -> Iterator[Step]:
+    numbers = {name: number(value) for name, value in state.hyperparams.items()}
+    try:
+        # The state holds what the last update used.
+        for name, schedule in values["sched_hps"].items():
+            numbers[name] = number(schedule.schedule_fn(_count(state.hyperparams_states[name])))
+        tx = values["inner_factory"](**values["other_hps"], **numbers)
+    except Exception as error:
+        raise _UnknownError(str(error)) from error
+    yield from _read(tx, state.inner_state, parameters, only)
+
+
+_CONTAINERS: dict[str, _Reader] = {
+    "chain": _chain,
+    "with_extra_args_support": _wrapped,
+    "apply_if_finite": _inner,
+    "masked": _masked,
+    "partition": _partition,
+    "inject_hyperparams": _injected,
+}
+
+
+def _both(only: frozenset[str] | None, chosen: set[str]) -> frozenset[str]:
+    return frozenset(chosen) if only is None else only & chosen
+
+
+def _spread(given: Any, parameters: Mapping[str, Leaf]) -> dict[str, Any]:
+    """A mask or labels, a tree with the parameters' or above theirs, or a function that makes one, as parameter -> value."""
+    if callable(given):
+        tree: dict[str, Any] = {}
+        for name, leaf in parameters.items():
+            *path, last = names.split(name)
+            node = functools.reduce(lambda below, key: below.setdefault(key, {}), path, tree)
+            node[last] = np.broadcast_to(np.float32(0), leaf.shape)
+        try:
+            given = given(tree)
+        except Exception as error:
+            raise _UnknownError(str(error)) from error
+    leaves, _ = jax.tree_util.tree_flatten_with_path(given)
+    placed = {
+        names.join(tuple(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))) for key in keys)): value
+        for keys, value in leaves
+    }
+    found = {}
+    for name in parameters:
+        above = [place for place in placed if place in ("", name) or name.startswith(f"{place}/")]
+        if len(above) != 1:
+            raise _UnknownError(f"a mask that says nothing of {name}")
+        found[name] = placed[above[0]]
+    return found
+
+
+def number(value: Any) -> float:
+    """A Python number of a 0-d array, or of a Variable that holds one."""
+    return float(np.asarray(value.get_value() if hasattr(value, "get_value") else value, np.float64))
+
+
+def _count(state: Any) -> np.ndarray:
+    """How many updates the state of a schedule has seen."""
+    return np.asarray(int(number(state.count)))
+
+
+# From steps to the tables.
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A transformation that has slots. keys: argument -> neutral name. needs: what arguments must be for the row to hold."""
+
+    family: str
+    keys: Mapping[str, str]
+    conventions: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
+    needs: Mapping[str, Any] = field(default_factory=dict)
+
+
+_MOMENTS = {"b1": "beta1", "b2": "beta2", "eps": "epsilon"}
+
+_ROWS: dict[str, _Row] = {
+    "scale_by_adam": _Row("adam", _MOMENTS, {"epsilon": "outside_sqrt"}, needs={"eps_root": 0.0}),
+    "scale_by_amsgrad": _Row(
+        "adam",
+        _MOMENTS,
+        {"epsilon": "outside_sqrt", "max_second_moment": "bias_corrected"},
+        {"amsgrad": True},
+        {"eps_root": 0.0, "bias_correction_mu": True, "bias_correction_nu": True},
+    ),
+    "scale_by_radam": _Row(
+        "radam", _MOMENTS, {"epsilon": "outside_sqrt"}, needs={"eps_root": 0.0, "nesterov": False, "threshold": 5.0}
+    ),
+    "scale_by_adamax": _Row("adamax", _MOMENTS, {"epsilon": "in_norm"}),
+    "scale_by_rms": _Row("rmsprop", {"decay": "rho", "eps": "epsilon"}, needs={"bias_correction": False}),
+    "scale_by_stddev": _Row(
+        "rmsprop", {"decay": "rho", "eps": "epsilon"}, fixed={"centered": True}, needs={"bias_correction": False}
+    ),
+    "scale_by_rss": _Row("adagrad", {"eps": "epsilon"}, {"epsilon": "inside_sqrt"}),
+    "scale_by_adadelta": _Row("adadelta", {"rho": "rho", "eps": "epsilon"}, {"epsilon": "inside_sqrt"}),
+    "scale_by_lion": _Row("lion", {"b1": "beta1", "b2": "beta2"}, needs={"mode": "hard"}),
+    "scale_by_factored_rms": _Row(
+        "adafactor", {"epsilon": "epsilon"}, {"epsilon": "in_square", "rate": "as_given"}, needs={"step_offset": 0}
+    ),
+}
+
+_GRADIENT_ONLY = {"clip", "clip_by_global_norm", "clip_by_block_rms", "adaptive_grad_clip", "zero_nans"}
+"""Transformations that change gradients on their way to the slots, and nothing else."""
+
+
+def _described(steps: Sequence[Step]) -> Described:
+    scaler: str | None = None
+    conventions: dict[str, str] = {}
+    values: dict[str, Any] = {}
+    rate, rated, family = -1.0, False, "sgd"
+    for step in steps:
+        row = _ROWS.get(step.name)
+        if row is not None:
+            if scaler or rated or any(step.values.get(name) != value for name, value in row.needs.items()):
+                raise _UnknownError(step.name)
+            scaler, family = step.name, row.family
+            conventions |= row.conventions
+            values |= {neutral: step.values[name] for name, neutral in row.keys.items()} | dict(row.fixed)
+            _special(step, conventions, values)
+            family = "nadam" if "momentum_schedule" in conventions else family
+        elif step.name == "trace":
+            if "momentum" in values or scaler not in (None, "scale_by_rms", "scale_by_stddev") or (scaler and not rated):
+                raise _UnknownError("a momentum of another place")
+            values |= {"momentum": step.values["decay"], "nesterov": step.values["nesterov"]}
+            conventions["momentum"] = "scaled_by_learning_rate" if rated else "unscaled"
+            scaler = scaler or "trace"
+        elif step.name == "add_decayed_weights":
+            if rated and step.values["weight_decay"]:
+                raise _UnknownError("a weight decay after the learning rate")
+            if step.values["weight_decay"]:
+                if "weight_decay" in values:
+                    raise _UnknownError("two weight decays")
+                values["weight_decay"] = number(step.values["weight_decay"])
+                conventions["weight_decay"] = "decoupled" if scaler else "coupled"
+        elif step.name == "scale_by_trust_ratio":
+            if scaler != "scale_by_adam" or step.values != {"eps": 0.0, "min_norm": 0.0, "trust_coefficient": 1.0}:
+                raise _UnknownError(step.name)
+            family = "lamb"
+            if "weight_decay" in values:
+                conventions["weight_decay"] = "in_trust_ratio"
+        elif step.name in ("scale", "scale_by_schedule"):
+            rate *= _factor(step)
+            rated = True
+        elif step.name == "scale_by_param_block_rms" and family == "adafactor":
+            values["epsilon2"] = step.values["min_scale"]
+        elif step.name == "clip_by_block_rms" and family == "adafactor":
+            values["clip_threshold"] = step.values["threshold"]
+        elif step.name != "identity" and (step.name not in _GRADIENT_ONLY or scaler):
+            raise _UnknownError(step.name)
+    values["learning_rate"] = rate
+    plain = {name: value if isinstance(value, bool) else number(value) for name, value in values.items()}
+    return Described(family, conventions, plain)
+
+
+def _special(step: Step, conventions: dict[str, str], values: dict[str, Any]) -> None:
+    """What an argument says of the conventions."""
+    if step.name in ("scale_by_rms", "scale_by_stddev"):
+        conventions["epsilon"] = "inside_sqrt" if step.values["eps_in_sqrt"] else "outside_sqrt"
+    if step.name == "scale_by_adam" and step.values["nesterov"]:
+        conventions["momentum_schedule"] = "constant"
+    if step.name == "scale_by_factored_rms":
+        values["beta2_decay"] = -step.values["decay_rate"]
+
+
+def _factor(step: Step) -> float:
+    """What the next update is multiplied by."""
+    if step.name == "scale":
+        return number(step.values["step_size"])
+    return number(step.values["step_size_fn"](_count(step.state)))
