@@ -320,7 +320,7 @@ def test_only_what_torch_itself_computes_is_described_as_such(tmp_path: Path) ->
         def step(self, closure: Any = None) -> None:
             pass
 
-    model = nn.Sequential(Twice(2, 3), Renamed(3, 2, 1), nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)))
+    model = nn.Sequential(Twice(2, 3), Renamed(3, 2, 1), nn.utils.parametrizations.orthogonal(nn.Linear(2, 2)))
     found = polyckpt.inspect(polyckpt.save(tmp_path / "c", model, Momentumless(model.parameters(), lr=0.1))).manifest
     kinds = {layer.path: layer.kind for layer in found.model.layers}
     assert (kinds["0"], kinds["1"], kinds["2"]) == ("custom", "conv", "custom")
