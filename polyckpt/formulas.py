@@ -42,11 +42,12 @@ def _norm(kernel: np.ndarray, names: Sequence[str], kept: Sequence[str], epsilon
 
 def _of_direction(pieces: Sequence[Piece], wanted: Piece, config: Mapping[str, Any]) -> Compute:
     names, kept = _names(pieces[0]), _names(pieces[1])
+    epsilon = float(config.get("norm_epsilon", 0.0))
 
     def compute(arrays: Sequence[np.ndarray]) -> np.ndarray:
         direction, norm = arrays
         shape = [size if name in kept else 1 for name, size in zip(names, direction.shape, strict=True)]
-        kernel: np.ndarray = direction / _norm(direction, names, kept) * norm.reshape(shape)
+        kernel: np.ndarray = direction / _norm(direction, names, kept, epsilon) * norm.reshape(shape)
         return kernel
 
     return compute

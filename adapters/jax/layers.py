@@ -135,6 +135,9 @@ class _Describer:
         for attribute in key.split("."):
             if isinstance(node, tuple):
                 node, path = node[int(attribute)], (*path, int(attribute))
+            elif isinstance(node, Mapping):
+                key = next((each for each in node if str(each) == attribute), attribute)
+                node, path = node.get(key), (*path, key)
             else:
                 node, path = getattr(node, attribute, None), (*path, attribute)
                 if type(node).__name__ == "StateIndex":

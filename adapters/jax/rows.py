@@ -240,23 +240,59 @@ _ROWS = {"flax.nnx": _NNX, "equinox.nn": _EQUINOX}
 
 
 def _reparametrised(node: Any) -> Row | None:
-    """The row of an Equinox layer that computes the kernel of the layer it holds of other tensors."""
-    names = {kind.__name__ for package, kind in classes(node) if package == "equinox.nn"}
-    if not names & {"WeightNorm", "SpectralNorm"} or not isinstance(getattr(node, "weight_name", None), str):
+    """The row of a layer that computes the kernel of the layer it holds of other tensors."""
+    kinds = {(package, kind.__name__) for package, kind in classes(node)}
+    wrapper = next((each for known, each in _WRAPPERS.items() if known in kinds), None)
+    return wrapper(node) if wrapper else None
+
+
+def _wrapped(inner: Any, attribute: str, weight: str) -> tuple[Row, list[str], dict[str, tuple[str, str]]] | None:
+    """The row of the layer within, the axes of its kernel, which is `weight`, and its other roles by their attributes."""
+    row = row_of(inner)
+    roles = dict(row.roles(inner)) if row else {}
+    if row is None or roles.get(weight, ("",))[0] != "kernel" or not is_plain(inner):
         return None
-    inner, name = row_of(node.layer), node.weight_name
-    if inner is None or inner.roles(node.layer).get(name, ("",))[0] != "kernel" or not is_plain(node.layer):
+    parts = roles.pop(weight)[1].split()
+    return row, parts, {f"{attribute}.{key}": role for key, role in roles.items()}
+
+
+def _eqx_weight_norm(node: Any) -> Row | None:
+    if (found := _wrapped(node.layer, "layer", node.weight_name)) is None:
         return None
-    roles = dict(inner.roles(node.layer))
-    parts = roles.pop(name)[1].split()
-    held = {f"layer.{key}": role for key, role in roles.items()}
-    if "WeightNorm" in names:
-        kept = " ".join(part if place == node.axis else "1" for place, part in enumerate(parts))
-        held |= {f"layer.{name}": ("kernel_direction", " ".join(parts)), "g": ("kernel_norm", kept)}
-    else:
-        held |= {f"layer.{name}": ("kernel_raw", " ".join(parts))}
-        held |= {"uv_index.0": ("kernel_u", parts[0]), "uv_index.1": ("kernel_v", "rest")}
-    return Row(inner.kind, lambda _: held, lambda _: inner.config(node.layer))
+    row, parts, held = found
+    kept = " ".join(part if place == node.axis else "1" for place, part in enumerate(parts))
+    held |= {f"layer.{node.weight_name}": ("kernel_direction", " ".join(parts)), "g": ("kernel_norm", kept)}
+    return Row(row.kind, lambda _: held, lambda _: row.config(node.layer))
+
+
+def _eqx_spectral_norm(node: Any) -> Row | None:
+    if (found := _wrapped(node.layer, "layer", node.weight_name)) is None:
+        return None
+    row, parts, held = found
+    held |= {f"layer.{node.weight_name}": ("kernel_raw", " ".join(parts))}
+    held |= {"uv_index.0": ("kernel_u", parts[0]), "uv_index.1": ("kernel_v", "rest")}
+    return Row(row.kind, lambda _: held, lambda _: row.config(node.layer))
+
+
+def _nnx_weight_norm(node: Any) -> Row | None:
+    if (found := _wrapped(node.layer_instance, "layer_instance", "kernel")) is None:
+        return None
+    row, parts, held = found
+    if node.feature_axes not in (-1, (-1,)) or not node.scales or list(node.scales) != [("kernel",)]:
+        return None
+    held |= {
+        "layer_instance.kernel": ("kernel_direction", " ".join(parts)),
+        f"scales.{('kernel',)}": ("kernel_norm", parts[-1]),
+    }
+    return Row(row.kind, lambda _: held, lambda _: {**row.config(node.layer_instance), "norm_epsilon": node.epsilon})
+
+
+_WRAPPERS: dict[tuple[str, str], Callable[[Any], Row | None]] = {
+    ("equinox.nn", "WeightNorm"): _eqx_weight_norm,
+    ("equinox.nn", "SpectralNorm"): _eqx_spectral_norm,
+    ("flax.nnx", "WeightNorm"): _nnx_weight_norm,
+}
+"""(package, class) -> its row. Flax's SpectralNorm iterates in evaluation too: its kernel is not what its state says."""
 
 
 def row_of(node: Any) -> Row | None:

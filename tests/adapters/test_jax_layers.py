@@ -565,7 +565,8 @@ def test_recurrent_layers_know_their_direction() -> None:
 
 def test_what_changes_its_weights_is_custom() -> None:
     x = noise(BATCH, 3)
-    assert set(kinds(of_nnx(lambda rngs: nnx.WeightNorm(nnx.Linear(3, 4, rngs=rngs), rngs=rngs))).values()) == {"custom"}
+    wrap = functools.partial(nnx.WeightNorm, feature_axes=0)
+    assert set(kinds(of_nnx(lambda rngs: wrap(nnx.Linear(3, 4, rngs=rngs), rngs=rngs))).values()) == {"custom"}
     assert set(kinds(of_nnx(lambda rngs: nnx.SpectralNorm(nnx.Linear(3, 4, rngs=rngs), rngs=rngs))).values()) == {"custom"}
     twice = eqx.nn.WeightNorm(eqx.nn.WeightNorm(of_equinox(eqx.nn.Linear, 3, 4)), "g")
     assert set(kinds(twice).values()) == {"custom"}

@@ -178,6 +178,40 @@ def test_a_normed_kernel_into_flax_through_a_flatten(tmp_path: Path) -> None:
         assert differs(out(source, batch), model(np.moveaxis(batch, 1, -1))) < 1e-6
 
 
+NNX_LAYERS = {
+    "linear": lambda rngs: nnx.Linear(5, 3, rngs=rngs),
+    "conv": lambda rngs: nnx.Conv(4, 6, (3, 2), padding="VALID", rngs=rngs),
+}
+
+
+@pytest.mark.parametrize("layer", NNX_LAYERS)
+def test_weight_norm_of_torch_and_nnx_both_ways(layer: str, tmp_path: Path) -> None:
+    make, shape = LAYERS[layer]
+    batch = batch_of(*shape)
+    turned = np.moveaxis(batch, 1, -1)
+    source = randomised(nn.Sequential(parametrizations.weight_norm(make())))
+
+    def model(seed: int) -> nnx.Module:
+        rngs = nnx.Rngs(seed)
+        return nnx.Sequential(nnx.WeightNorm(NNX_LAYERS[layer](rngs), rngs=rngs))
+
+    there = model(1)
+    report = polyckpt.load(polyckpt.save(tmp_path / "a", source, probe=batch), there).report
+    assert report is not None and {str(row.exactness) for row in report.rows} == {"exact"}
+    back, plain = nn.Sequential(parametrizations.weight_norm(make())), nn.Sequential(make())
+    path = polyckpt.save(tmp_path / "b", there, probe=turned)
+    polyckpt.load(path, back)
+    polyckpt.load(path, plain)
+    for name, value in source.state_dict().items():
+        assert torch.equal(back.state_dict()[name], value), name
+    expected = out(source, batch)
+    assert differs(expected, out(plain, batch)) < 1e-6
+    assert differs(expected, np.moveaxis(there(turned), -1, 1)) < 1e-6
+    again = model(2)
+    polyckpt.load(polyckpt.save(tmp_path / "c", plain, probe=batch), again)
+    assert differs(expected, np.moveaxis(again(turned), -1, 1)) < 1e-6
+
+
 def test_a_layer_of_a_parametrization_of_its_own_is_not_taken_for_a_kernel(tmp_path: Path) -> None:
     class Doubled(nn.Module):
         def forward(self, weight: torch.Tensor) -> torch.Tensor:
