@@ -43,7 +43,10 @@ def recognise(nodes: Mapping[Path, Node]) -> dict[Path, Found]:
     """The layers among the dicts of a tree by path; `nodes` has parents before their children."""
     found: dict[Path, Found] = {}
     statistics = _Statistics(nodes)
-    done = set(_reparametrised(nodes))
+    done = set(_reparametrised(nodes, "weightnorm", "spectralnorm"))
+    for path, norm in _weight_norms(nodes).items():
+        if (normed := _single(path, nodes[path], statistics)) and (layer := _normed(normed, norm, nodes[path])):
+            found[path] = layer
     for path, node in nodes.items():
         if path in done:
             continue
@@ -305,10 +308,10 @@ def _beside(path: Path, other: Path) -> bool:
     return len([None for one, two in zip(path[:-1], other[:-1], strict=True) if one != two]) == 1
 
 
-def _reparametrised(nodes: Mapping[Path, Node]) -> Iterator[Path]:
+def _reparametrised(nodes: Mapping[Path, Node], *words: str) -> Iterator[Path]:
     """Layers whose weights linen's WeightNorm or SpectralNorm changes before use: what is stored is not what they apply."""
     for path, node in nodes.items():
-        if not _says(_last(path), "weightnorm", "spectralnorm"):
+        if not _says(_last(path), *words):
             continue
         for key in node.arrays:
             if len(parts := key.split("/")) > 2:
@@ -316,6 +319,35 @@ def _reparametrised(nodes: Mapping[Path, Node]) -> Iterator[Path]:
                 yield from (
                     other for other in nodes if other == wrapped or (other[-1:] == wrapped[-1:] and _beside(other, wrapped))
                 )
+
+
+def _weight_norms(nodes: Mapping[Path, Node]) -> dict[Path, tuple[str, Shape]]:
+    """Layers of which linen's WeightNorm changes the kernel and nothing else -> what multiplies the normed kernel."""
+    found: dict[Path, list[tuple[str, tuple[str, Shape]]]] = {}
+    for path, node in nodes.items():
+        for key, scale in node.arrays.items():
+            parts = key.split("/")
+            layer = (*path[:-1], *parts[:-2])
+            if _says(_last(path), "weightnorm") and len(parts) > 2 and parts[-1] == "scale" and layer in nodes:
+                found.setdefault(layer, []).append((parts[-2], scale))
+    spectral = set(_reparametrised(nodes, "spectralnorm"))
+    return {
+        path: each[0][1]
+        for path, each in found.items()
+        if [weight for weight, _ in each] == ["kernel"] and path not in spectral
+    }
+
+
+def _normed(layer: Found, norm: tuple[str, Shape], node: Node) -> Found | None:
+    """A layer whose kernel is stored as its direction. Which axis has a norm each is told by its size, if only one has that."""
+    if "kernel" not in layer.roles or "kernel" not in node.arrays:
+        return None
+    (name, axes), shape = layer.roles["kernel"], node.shapes["kernel"]
+    if norm[1] != shape[-1:] or shape.count(shape[-1]) > 1:
+        return None
+    roles = {role: entry for role, entry in layer.roles.items() if role != "kernel"}
+    roles |= {"kernel_direction": (name, axes), "kernel_norm": (norm[0], axes.split()[-1])}
+    return Found(layer.kind, roles, {**layer.config, "norm_epsilon": 1e-12})
 
 
 # Layers whose parts are dicts of their own

@@ -212,6 +212,35 @@ def test_weight_norm_of_torch_and_nnx_both_ways(layer: str, tmp_path: Path) -> N
     assert differs(expected, np.moveaxis(again(turned), -1, 1)) < 1e-6
 
 
+@pytest.mark.parametrize("layer", ["linear", "conv"])
+def test_weight_norm_of_torch_and_linen_both_ways(layer: str, tmp_path: Path) -> None:
+    from flax import linen
+
+    class Normed(linen.Module):
+        @linen.compact
+        def __call__(self, x: Any) -> Any:
+            inner = linen.Dense(3) if layer == "linear" else linen.Conv(6, (3, 2), padding="VALID")
+            return linen.WeightNorm(inner)(x)
+
+    make, shape = LAYERS[layer]
+    batch = batch_of(*shape)
+    turned = np.moveaxis(batch, 1, -1)
+    source = randomised(nn.Sequential(parametrizations.weight_norm(make())))
+    variables = Normed().init(jax.random.key(1), turned)
+    path = polyckpt.save(tmp_path / "a", source, probe=batch)
+    restored = polyckpt.load(path, variables, apply=Normed().apply)
+    assert {str(row.exactness) for row in restored.report.rows} == {"exact"}
+    expected = out(source, batch)
+    assert differs(expected, np.moveaxis(Normed().apply(restored.model, turned), -1, 1)) < 1e-6
+    back, plain = nn.Sequential(parametrizations.weight_norm(make())), nn.Sequential(make())
+    path = polyckpt.save(tmp_path / "b", restored.model, probe=turned, apply=Normed().apply)
+    polyckpt.load(path, back)
+    polyckpt.load(path, plain)
+    for name, value in source.state_dict().items():
+        assert torch.equal(back.state_dict()[name], value), name
+    assert differs(expected, out(plain, batch)) < 1e-6
+
+
 def test_a_layer_of_a_parametrization_of_its_own_is_not_taken_for_a_kernel(tmp_path: Path) -> None:
     class Doubled(nn.Module):
         def forward(self, weight: torch.Tensor) -> torch.Tensor:
