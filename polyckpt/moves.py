@@ -95,7 +95,7 @@ def moves_of(source: Unit, target: Unit) -> tuple[list[Move], list[Loss]]:
     return moves, lost
 
 
-_BOOKKEEPING = {"unset", "count", "mean_biased", "variance_biased", "mean_updates", "variance_updates"}
+_BOOKKEEPING = {"kernel_u", "unset", "count", "mean_biased", "variance_biased", "mean_updates", "variance_updates"}
 """Roles that say how averages came about: without them the averages are what they are."""
 
 

@@ -133,8 +133,10 @@ OPTIONAL = {
     "mean_updates": float(1 << 20),
     "variance_updates": float(1 << 20),
     "unset": 0.0,
+    "kernel_u": 1.0,
 }
-"""Roles that a unit may lack, and the value that a lacking one amounts to. After many updates an average is biased no more."""
+"""Roles that a unit may lack, and the value that a lacking one amounts to. After many updates an average is biased no more;
+a power iteration begins anywhere."""
 
 
 def units(described: Sequence[Layer], shapes: Mapping[str, tuple[int, ...]], aliases: Mapping[str, str]) -> list[Unit]:

@@ -19,7 +19,14 @@ FRAMEWORKS = {"torch", "keras", "tensorflow", "jax", "jaxlib", "flax", "optax", 
 ADAPTER_MAY_IMPORT = {
     "numpy": set(),
     "torch": {"torch"},
-    "keras": {"keras", "h5py", "torch", "tensorflow", "jax"},  # its file format; its backends, one of which a model is on
+    "keras": {
+        "keras",
+        "h5py",
+        "torch",
+        "tensorflow",
+        "jax",
+        "msgspec",
+    },  # its file format; its backends, one of which a model is on
     "jax": {"jax", "jaxlib", "flax", "optax", "equinox", "haiku"},
 }
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import keras
+import msgspec
 
 from polyckpt import layers
 from polyckpt.adapters.keras import variables
@@ -161,7 +162,6 @@ def described(model: Any, names: Mapping[str, Any]) -> list[tuple[Any, Layer]]:
     name_of = {id(variable): name for name, variable in names.items()}
     namer = variables.Namer(model)
     found: list[tuple[Any, Layer]] = []
-    taken: set[int] = set()
     everything = variables.with_sublayers(model)
     directions = {
         id(cell): "backward" if layer.go_backwards else "forward"
@@ -169,6 +169,8 @@ def described(model: Any, names: Mapping[str, Any]) -> list[tuple[Any, Layer]]:
         if isinstance(layer, keras.layers.RNN)
         for cell in cells(layer)
     }
+    vectors = _singular_vectors(everything)
+    taken = {id(vector) for vector in vectors.values()}
     for layer in everything:
         path = namer(layer.path or layer.name)
         roles = dict(_attention_roles(layer)) if type(layer).__name__ in _ATTENTIONS else {}
@@ -177,6 +179,10 @@ def described(model: Any, names: Mapping[str, Any]) -> list[tuple[Any, Layer]]:
             own = [weight for weight in layer.weights if id(weight) not in below | taken]
             own += [buffer for _, buffer in variables.buffers(layer)]
             entry = _layer(layer, path, own, name_of, directions.get(id(layer)))
+            if (vector := vectors.get(id(layer))) is not None:
+                named = "a0 a1" if entry.kind == CUSTOM else f"1 {entry.roles['kernel'].axes.split()[-1]}"
+                role = Role(tensor=name_of[id(vector)], axes=named)
+                entry = msgspec.structs.replace(entry, roles={**entry.roles, "kernel_u": role})
         else:
             own = [weight for weight, _, _ in roles.values()]
             attention = {role: Role(tensor=name_of[id(weight)], axes=axes) for role, (weight, role, axes) in roles.items()}
@@ -188,6 +194,16 @@ def described(model: Any, names: Mapping[str, Any]) -> list[tuple[Any, Layer]]:
             found.append((layer, entry))
             taken |= {id(weight) for weight in own}
     return found
+
+
+def _singular_vectors(everything: Sequence[Any]) -> dict[int, Any]:
+    """By the identity of the layer within: what SpectralNormalization begins to iterate from. The kernel itself is normed."""
+    wrappers = [layer for layer in everything if type(layer) is keras.layers.SpectralNormalization]
+    return {
+        id(wrapper.layer): wrapper.vector_u
+        for wrapper in wrappers
+        if (row := _row(wrapper.layer)) is not None and row.kind in ("linear", "conv")
+    }
 
 
 def order(model: Any) -> Literal["execution", "definition"]:

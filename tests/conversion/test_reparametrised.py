@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ import torch
 from flax import nnx
 from torch import nn
 from torch.nn.utils import parametrizations
+
+os.environ["KERAS_BACKEND"] = "torch"
 
 import polyckpt
 from polyckpt import MismatchError
@@ -239,6 +242,35 @@ def test_weight_norm_of_torch_and_linen_both_ways(layer: str, tmp_path: Path) ->
     for name, value in source.state_dict().items():
         assert torch.equal(back.state_dict()[name], value), name
     assert differs(expected, out(plain, batch)) < 1e-6
+
+
+@pytest.mark.parametrize("layer", ["linear", "conv"])
+def test_spectral_norm_into_keras_and_on_from_there(layer: str, tmp_path: Path) -> None:
+    from keras import Input, Sequential, layers, ops
+
+    make, shape = LAYERS[layer]
+    batch = batch_of(*shape)
+    turned = np.moveaxis(batch, 1, -1)
+
+    def model() -> Any:
+        inner = layers.Dense(3) if layer == "linear" else layers.Conv2D(6, (3, 2))
+        return Sequential([Input(turned.shape[1:]), layers.SpectralNormalization(inner)])
+
+    source = randomised(nn.Sequential(parametrizations.spectral_norm(make())))
+    there, again, plain = model(), model(), nn.Sequential(make())
+    report = polyckpt.load(polyckpt.save(tmp_path / "a", source, probe=batch), there).report
+    assert report is not None
+    found = {row.target.rpartition("/")[2]: str(row.exactness) for row in report.rows if row.target != "(none)"}
+    assert found == {"kernel": "folded", "bias": "exact", "vector_u": "exact"}
+    expected = out(source, batch)
+    assert differs(expected, np.moveaxis(ops.convert_to_numpy(there(turned)), -1, 1)) < 1e-6
+    path = polyckpt.save(tmp_path / "b", there, probe=turned)
+    polyckpt.load(path, plain)  # whose kernel is the normed one
+    assert differs(expected, out(plain, batch)) < 1e-6
+    polyckpt.load(polyckpt.save(tmp_path / "c", plain, probe=batch), again)
+    assert differs(expected, np.moveaxis(ops.convert_to_numpy(again(turned)), -1, 1)) < 1e-6
+    again(turned, training=True)  # goes on from a vector of its own
+    assert np.isfinite(ops.convert_to_numpy(again(turned))).all()
 
 
 def test_a_layer_of_a_parametrization_of_its_own_is_not_taken_for_a_kernel(tmp_path: Path) -> None:
