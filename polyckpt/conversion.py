@@ -109,6 +109,13 @@ class Conversion:
                 f"{self.checkpoint.path} -> {self.plan.target.label}: which tensor is which cannot be told, and is not guessed "
                 f"(nothing was loaded):\n  " + "\n  ".join(self.plan.problems()) + f"\n{_HOW_TO_SETTLE}"
             )
+        if self.probe is None and (folded := self.plan.folded()):
+            # An activation in between, or a second reader, and the outputs would be others.
+            raise AmbiguityError(
+                f"{self.checkpoint.path} -> {self.plan.target.label}: whether nothing but a norm reads what a bias is added to "
+                "cannot be told, and is not guessed (nothing was loaded): save the checkpoint with probe=<a small batch>:"
+                f"\n  {', '.join(bias.tensor for bias in folded.values())}"
+            )
         if self.probe is None:
             return self._applied(self.plan), self._report(None), problems
         return (*self._proven(), problems)

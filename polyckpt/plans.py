@@ -89,7 +89,7 @@ class Plan:
 
     def moves(self) -> tuple[dict[str, list[Move]], list[Loss]]:
         """What each live tensor is made of, and what has no place."""
-        biases = self._folded() if self.folds else {}
+        biases = self.folded()
         made: dict[str, list[Move]] = {}
         losses: list[Loss] = []
         for pair in self.pairs:
@@ -101,14 +101,14 @@ class Plan:
                 made.setdefault(move.target.tensor, []).append(move)
         return made, losses
 
-    def _folded(self) -> dict[Unit, Piece]:
+    def folded(self) -> dict[Unit, Piece]:
         """Batch norm of the model -> the bias of the layer before it in the checkpoint, where the model has no such bias.
 
         norm(x + bias) is the norm of x with a mean less by the bias (Jacob et al. 2018, section 3.2).
         """
         at = {pair.source.place: pair for pair in self.pairs}
         found = {}
-        for pair in self.pairs:
+        for pair in self.pairs if self.folds else ():
             bias, after = pair.source.pieces.get("bias"), at.get(pair.source.place + 1)
             if bias is None or "bias" in pair.target.pieces or after is None or after.source.kind != "batch_norm":
                 continue
