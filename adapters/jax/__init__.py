@@ -138,7 +138,7 @@ def _train_state_parts(state: Any, optimizer: Any | None) -> Parts:
     """The optimizer of a train state is its opt_state and step; what else it holds is the model."""
     carried = None
     if optimizer is not NO_OPTIMIZER:
-        carried = Carried(state.opt_state if optimizer is None else optimizer, state.step, state.tx)
+        carried = Carried(state.opt_state if optimizer is None else optimizer, state.step, lambda: state.tx)
 
     def join(model: Any, restored: Carried | None) -> tuple[Any, Any]:
         if restored is None:

@@ -6,7 +6,7 @@ injected. What they leave open is "custom" here; `native["states"]` keeps the cl
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -22,11 +22,14 @@ from polyckpt.schema import ParameterGroup, to_number
 
 
 class Carried(NamedTuple):
-    """What a train state carries of its optimizer, or a caller gives of one. tx: the transformation that the state is of."""
+    """What a train state carries of its optimizer. tx: gives the transformation that the state is of.
+
+    A function, since to a tree it is structure; a transformation may be any object.
+    """
 
     opt_state: Any
     step: Any
-    tx: Any = None
+    tx: Callable[[], Any]
 
 
 _MEANINGS: dict[tuple[str, str], str] = {
@@ -180,7 +183,7 @@ _ADAM_NU = {
 
 def _told(optimizer: Any, state: Any, prefix: str | None, model: ModelCapture) -> _Told | None:
     """What the transformation says, where it is at hand and can be read; groups of two families are beyond the tables."""
-    tx = getattr(optimizer, "tx", None)
+    tx = optimizer.tx() if isinstance(optimizer, Carried) else getattr(optimizer, "tx", None)
     if tx is None:
         return None
     if prefix is None:

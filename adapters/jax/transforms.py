@@ -59,7 +59,7 @@ def describe(tx: Any, state: Any, parameters: Mapping[str, Leaf]) -> list[tuple[
                 continue  # frozen
             described = _described(own)
             groups.setdefault(repr(described), ([], described))[0].append(name)
-    except _UnknownError:
+    except Exception:  # what others wrote may look as if it were known; no save fails because of what it cannot describe
         return None
     return [(tuple(inside), described) for inside, described in groups.values()]
 

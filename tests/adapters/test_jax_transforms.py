@@ -123,6 +123,7 @@ CASES: dict[str, tuple[str, Callable[[], Any]]] = {
         "adam",
         lambda: optax.adamw(0.1, weight_decay=0.2, mask=lambda p: jax.tree.map(lambda x: x.ndim > 1, p)),
     ),
+    "accumulating": ("adam", lambda: optax.MultiSteps(optax.adam(0.1), 1)),
     "nadam": ("nadam", lambda: optax.nadam(0.1)),
     "radam": ("radam", lambda: optax.radam(0.1, b2=0.7)),
     "adamax": ("adamax", lambda: optax.adamax(0.1)),
@@ -197,6 +198,7 @@ def own(updates: Any, state: Any, params: Any = None) -> Any:
         optax.amsgrad(0.1, bias_correction_nu=False),
         optax.partition({"x": optax.adam(0.1), "y": optax.sgd(0.1)}, {"a": "x", "b": "y", "c": "x"}),
         optax.yogi(0.1),
+        optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(lambda count: -0.1 * count.at[()].get() ** 0)),  # fails
         optax.novograd(0.1),
     ],
 )
