@@ -62,8 +62,7 @@ class Options:
     def __post_init__(self) -> None:
         """Raises PlanError for what nobody can accept, a misspelt name above all."""
         known = {AGREED, FOLDED_BIAS}
-        given = {self.accept} if isinstance(self.accept, str) else set(self.accept)
-        if isinstance(self.accept, str) or not given <= known:
+        if isinstance(self.accept, str) or not set(self.accept) <= known:
             raise PlanError(f"accept={self.accept!r}: pass a set of names out of {', '.join(map(repr, sorted(known)))}")
 
 
@@ -272,7 +271,7 @@ class Conversion:
         lines += [f"differs: {note}" for note in plan.notes]
         lines += [f"not settled: {problem}" for problem in plan.problems()]
         if hint := _axes_hint(plan.source, plan.target, self.arguments, self.options):
-            lines.append(hint.removeprefix(". "))
+            lines.append(hint)
         if runs > 1:
             lines.append(f"{runs} ways to pair what is alike were tried, and none agrees")
         lines.append(
@@ -312,7 +311,8 @@ def prepare(checkpoint: Checkpoint, probe: Probe | None, adapter: Adapter, model
         try:
             target = _seen(target, parity.record(adapter, model, arguments, options.apply))
         except UnsupportedError as error:
-            raise UnsupportedError(f"{error}{_axes_hint(source, target, arguments, options)}") from error
+            hint = _axes_hint(source, target, arguments, options)
+            raise UnsupportedError(f"{error}. {hint}" if hint else str(error)) from error
     plan = plans.make(source, target, rules=options.rules, pairs=options.pairs, accept=options.accept)
     return Conversion(checkpoint, adapter, model, options, captured, aliases, probe, arguments, plan)
 
@@ -374,7 +374,7 @@ def _axes_hint(source: Side, target: Side, arguments: tuple[Any, ...], options: 
     if not unknown or not any(_is_image(each) for each in arguments):
         return ""
     return (
-        ". The probe's axes were left as they are, since no convolution tells where the channels lie on both sides: if the "
+        "The probe's axes were left as they are, since no convolution tells where the channels lie on both sides: if the "
         'model wants them elsewhere, pass probe_axes="b c h w -> b h w c"'
     )
 

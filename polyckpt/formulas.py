@@ -93,9 +93,6 @@ FORMULAS = (
     Formula("variance", ("variance_biased", "mean_updates"), _put_right),
 )
 
-KERNELS = frozenset({"kernel", "kernel_direction", "kernel_raw"})
-"""Roles of the shape of a kernel."""
-
 HELPERS = frozenset({"kernel_norm", "kernel_u", "kernel_v"})
 """Roles that say what becomes of a kernel."""
 

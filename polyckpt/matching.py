@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 
 from polyckpt import formulas
-from polyckpt.units import BARE, OPTIONAL, Unit
+from polyckpt.units import BARE, KERNELS, OPTIONAL, Unit
 
 Order = Literal["execution", "definition", "name"]
 Pairing = tuple[tuple[Unit, Unit], ...]
@@ -136,7 +136,7 @@ def _is_optional(role: str) -> bool:
 def _signature(unit: Unit) -> object:
     """Equal for units that may be compatible."""
     needed = {
-        "kernel" if role in formulas.KERNELS else role: piece.shape
+        "kernel" if role in KERNELS else role: piece.shape
         for role, piece in unit.pieces.items()
         if not _is_optional(role) and role not in formulas.HELPERS
     }

@@ -96,7 +96,7 @@ def moves_of(source: Unit, target: Unit) -> tuple[list[Move], list[Loss]]:
 
 
 _BOOKKEEPING = {"kernel_u", "unset", "count", "mean_biased", "variance_biased", "mean_updates", "variance_updates"}
-"""Roles that say how averages came about: without them the averages are what they are."""
+"""Roles that say how averages or norms came about: without them these are what they are."""
 
 
 def _recurrent_moves(source: Unit, target: Unit) -> tuple[list[Move], list[Loss]]:

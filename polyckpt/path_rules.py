@@ -68,7 +68,7 @@ def demanded_by_rules(source: Side, target: Side, rules: Mapping[str, str]) -> s
 def sliced(side: Side, texts: Iterable[str]) -> Side:
     """The side with its layers cut where `texts` name some of their outputs; what none names is a part of its own.
 
-    Raises PlanError for a layer that cannot be cut, or not there.
+    Raises PlanError for a layer that cannot be cut, or not so.
     """
     cuts: dict[Unit, set[str]] = defaultdict(set)
     for text in texts:

@@ -46,7 +46,7 @@ class Unit:
     @property
     def kernel(self) -> Piece | None:
         """The kernel, in whatever terms it is held."""
-        return next((self.pieces[role] for role in _KERNELS if role in self.pieces), None)
+        return next((self.pieces[role] for role in KERNELS if role in self.pieces), None)
 
     def __str__(self) -> str:
         shapes = ", ".join(f"{role} {list(piece.shape)}" for role, piece in self.pieces.items())
@@ -119,7 +119,8 @@ _RECURRENT = {
     "projection": "unit out",
 }
 
-_KERNELS = ("kernel", "kernel_direction", "kernel_raw")
+KERNELS = ("kernel", "kernel_direction", "kernel_raw")
+"""Roles of the shape of a kernel, one of which a unit has."""
 
 OPTIONAL = {
     "bias": 0.0,
@@ -207,7 +208,7 @@ def _unit(layer: Layer, part: str, kind: str, pieces: Mapping[str, Piece]) -> Un
 
 def _canonical(unit: Unit) -> Unit:
     """A convolution that looks at one place alone is linear."""
-    kernels = {role: piece for role, piece in unit.pieces.items() if role in _KERNELS}
+    kernels = {role: piece for role, piece in unit.pieces.items() if role in KERNELS}
     groups = unit.config.get("groups", 1)
     if unit.kind != "conv" or not kernels or groups != 1:
         return unit

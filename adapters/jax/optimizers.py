@@ -1,7 +1,8 @@
 """optax states, alone or in a flax TrainState or nnx.Optimizer: which leaves belong to which weight, and what they hold.
 
 The classes of a state do not say which optimizer it is of (that of Adam serves six), nor its hyperparameters unless they are
-injected. What they leave open is "custom" here; `native["states"]` keeps the classes for a caller who knows more.
+injected. The transformation does, where it is at hand. What is left open is "custom" here; `native["states"]` keeps the classes
+for a caller who knows more.
 """
 
 from __future__ import annotations
@@ -145,7 +146,11 @@ def capture(optimizer: Any, model: ModelCapture) -> OptimizerCapture:
         meanings |= {slot: meaning for slot in slots if (meaning := _ADAM_NU.get((told.family, *by_slot[slot].owner)))}
     injected = {path: node for path, (kind, node) in states.items() if kind in _INJECTED}
     groups = [_group(path, node, slots, model) for path, node in injected.items()]
-    rates = [_float(node.hyperparams["learning_rate"]) for node in injected.values() if "learning_rate" in node.hyperparams]
+    rates = [
+        transforms.number(node.hyperparams["learning_rate"])
+        for node in injected.values()
+        if "learning_rate" in node.hyperparams
+    ]
     return OptimizerCapture(
         type=names.type_name(state if isinstance(optimizer, Carried) else optimizer),
         family=told.family if told else _family([kind for kind, _ in states.values()], set(meanings.values())),
@@ -358,16 +363,15 @@ def _group(path: tuple[Any, ...], state: Any, slots: Mapping[str, Mapping[str, L
         for parameter in each
         if parameter in model.weights
     ]
-    numbers = {_HYPERPARAMETERS[name]: _float(value) for name, value in state.hyperparams.items() if name in _HYPERPARAMETERS}
+    numbers = {
+        _HYPERPARAMETERS[name]: transforms.number(value)
+        for name, value in state.hyperparams.items()
+        if name in _HYPERPARAMETERS
+    }
     return ParameterGroup(
         parameters=tuple(dict.fromkeys(slotted)),
         hyperparameters={name: to_number(value) for name, value in numbers.items()},
     )
-
-
-def _float(value: Any) -> float:
-    """An injected hyperparameter, which optax holds as a 0-d array of any type."""
-    return float(np.asarray(value.get_value() if trees.is_variable(value) else value, np.float64))
 
 
 def _step(found: Mapping[str, Entry], places: Sequence[_Place], carried: Mapping[str, Entry]) -> int | None:

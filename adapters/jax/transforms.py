@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import jax
 import numpy as np
 
 from polyckpt import names
+from polyckpt.adapters.jax import trees
 from polyckpt.leaves import Leaf
 
 
@@ -51,7 +51,7 @@ def describe(tx: Any, state: Any, parameters: Mapping[str, Leaf]) -> list[tuple[
     state: the state of `tx`. parameters: by their paths in the tree that it is of.
     """
     try:
-        steps = list(_read(tx, state, parameters, None))
+        steps = list(_read(tx.update, state, parameters, None))
         groups: dict[str, tuple[list[str], Described]] = {}
         for name in parameters:
             own = [step for step in steps if step.only is None or name in step.only]
@@ -87,15 +87,15 @@ def _maker(function: Any) -> str:
     return str(getattr(function, "__qualname__", "")).partition(".<locals>")[0]
 
 
-def _read(tx: Any, state: Any, parameters: Mapping[str, Leaf], only: frozenset[str] | None) -> Iterator[Step]:
-    update = tx.update
+def _read(update: Any, state: Any, parameters: Mapping[str, Leaf], only: frozenset[str] | None) -> Iterator[Step]:
+    """The steps of the transformation with the function `update`."""
     if isinstance(update, functools.partial) or not hasattr(getattr(update, "__func__", update), "__code__"):
         raise _UnknownError(repr(update))
     if not str(getattr(update, "__module__", "")).startswith("optax."):
         raise _UnknownError(f"{update.__module__}.{update.__qualname__}")
     name = _maker(update)
     if name == "MultiSteps.update":
-        yield from _read(update.__self__._opt, state.inner_opt_state, parameters, only)
+        yield from _read(update.__self__._opt.update, state.inner_opt_state, parameters, only)
         return
     values = held(update)
     if name in _CONTAINERS:
@@ -111,33 +111,26 @@ def _chain(
     values: Mapping[str, Any], state: Any, parameters: Mapping[str, Leaf], only: frozenset[str] | None
 ) -> Iterator[Step]:
     for update, each in zip(values["update_fns"], state, strict=True):
-        yield from _read(_Only(update), each, parameters, only)
-
-
-@dataclass(frozen=True)
-class _Only:
-    """A transformation of which only the update function is at hand."""
-
-    update: Any
+        yield from _read(update, each, parameters, only)
 
 
 def _wrapped(
     values: Mapping[str, Any], state: Any, parameters: Mapping[str, Leaf], only: frozenset[str] | None
 ) -> Iterator[Step]:
-    yield from _read(values["tx"], state, parameters, only)
+    yield from _read(values["tx"].update, state, parameters, only)
 
 
 def _inner(
     values: Mapping[str, Any], state: Any, parameters: Mapping[str, Leaf], only: frozenset[str] | None
 ) -> Iterator[Step]:
-    yield from _read(values["inner"], state.inner_state, parameters, only)
+    yield from _read(values["inner"].update, state.inner_state, parameters, only)
 
 
 def _masked(
     values: Mapping[str, Any], state: Any, parameters: Mapping[str, Leaf], only: frozenset[str] | None
 ) -> Iterator[Step]:
     chosen = {name for name, value in _spread(values["mask"], parameters).items() if value}
-    yield from _read(values["inner"], state.inner_state, parameters, _both(only, chosen))
+    yield from _read(values["inner"].update, state.inner_state, parameters, _both(only, chosen))
 
 
 def _partition(
@@ -147,21 +140,18 @@ def _partition(
     for label, tx in values["transforms"].items():
         chosen = {name for name, value in labels.items() if value == label}
         within = state.inner_states[label]
-        yield from _read(tx, getattr(within, "inner_state", within), parameters, _both(only, chosen))
+        yield from _read(tx.update, getattr(within, "inner_state", within), parameters, _both(only, chosen))
 
 
 def _injected(
     values: Mapping[str, Any], state: Any, parameters: Mapping[str, Leaf], only: frozenset[str] | None
 ) -> Iterator[Step]:
     numbers = {name: number(value) for name, value in state.hyperparams.items()}
-    try:
-        # The state holds what the last update used.
-        for name, schedule in values["sched_hps"].items():
-            numbers[name] = number(schedule.schedule_fn(_count(state.hyperparams_states[name])))
-        tx = values["inner_factory"](**values["other_hps"], **numbers)
-    except Exception as error:
-        raise _UnknownError(str(error)) from error
-    yield from _read(tx, state.inner_state, parameters, only)
+    # The state holds what the last update used.
+    for name, schedule in values["sched_hps"].items():
+        numbers[name] = number(schedule.schedule_fn(_count(state.hyperparams_states[name])))
+    tx = values["inner_factory"](**values["other_hps"], **numbers)
+    yield from _read(tx.update, state.inner_state, parameters, only)
 
 
 _CONTAINERS: dict[str, _Reader] = {
@@ -186,15 +176,8 @@ def _spread(given: Any, parameters: Mapping[str, Leaf]) -> dict[str, Any]:
             *path, last = names.split(name)
             node = functools.reduce(lambda below, key: below.setdefault(key, {}), path, tree)
             node[last] = np.broadcast_to(np.float32(0), leaf.shape)
-        try:
-            given = given(tree)
-        except Exception as error:
-            raise _UnknownError(str(error)) from error
-    leaves, _ = jax.tree_util.tree_flatten_with_path(given)
-    placed = {
-        names.join(tuple(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))) for key in keys)): value
-        for keys, value in leaves
-    }
+        given = given(tree)
+    placed = {name: entry.value for name, entry in trees.entries(given, "mask").items()}
     found = {}
     for name in parameters:
         above = [place for place in placed if place in ("", name) or name.startswith(f"{place}/")]
@@ -206,7 +189,7 @@ def _spread(given: Any, parameters: Mapping[str, Leaf]) -> dict[str, Any]:
 
 def number(value: Any) -> float:
     """A Python number of a 0-d array, or of a Variable that holds one."""
-    return float(np.asarray(value.get_value() if hasattr(value, "get_value") else value, np.float64))
+    return float(np.asarray(value.get_value() if trees.is_variable(value) else value, np.float64))
 
 
 def _count(state: Any) -> np.ndarray:

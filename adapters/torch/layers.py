@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.utils import parametrize
 
 from polyckpt.adapters.torch import reparametrised
 from polyckpt.layers import CUSTOM, axes
@@ -193,17 +192,12 @@ def _without_ties(
 
 
 def _own_keys(module: nn.Module) -> list[str]:
-    """Relative keys of the tensors that a module describes: its own, and an attention's output projection."""
+    """Relative keys of the tensors that a module describes: its own, an attention's output projection, what makes a kernel."""
     # Those of a scripted module have keys() but no iterator.
     keys = [*module._parameters.keys(), *module._buffers.keys()]
     if isinstance(module, nn.MultiheadAttention):
         keys += [f"out_proj.{key}" for key in module.out_proj._parameters]
-    if parametrize.is_parametrized(module) and reparametrised.known(module):
-        lists: Any = module.parametrizations
-        keys += [
-            f"parametrizations.{key}" for tensors in (lists.named_parameters(), lists.named_buffers()) for key, _ in tensors
-        ]
-    return keys
+    return keys + reparametrised.keys(module)
 
 
 def _tensor(module: nn.Module, key: str) -> torch.Tensor | None:
@@ -226,7 +220,8 @@ def _layers_of(module: nn.Module, path: str, own: dict[str, str]) -> list[tuple[
         return []  # another layer's: the output projection of an attention
     if row is None:
         return [(_layer(path, CUSTOM, kind, {}, _custom_roles(module, own), own), list(own.values()))] if own else []
-    known = row.roles(module) | reparametrised.roles(module, row.roles(module).get("weight"))
+    plain = row.roles(module)
+    known = plain | reparametrised.roles(module, plain.get("weight"))
     if set(own) - set(known):
         # A known class with further tensors (parametrised, subclassed) is not what the row says.
         return [(_layer(path, CUSTOM, kind, {}, _custom_roles(module, own), own), list(own.values()))]
@@ -234,7 +229,7 @@ def _layers_of(module: nn.Module, path: str, own: dict[str, str]) -> list[tuple[
 
 
 def _row(module: nn.Module) -> Row | None:
-    if isinstance(module, torch.jit.ScriptModule) or (parametrize.is_parametrized(module) and not reparametrised.known(module)):
+    if isinstance(module, torch.jit.ScriptModule) or reparametrised.is_another(module):
         return None
     row = next((row for kind, row in _ROWS.items() if isinstance(module, kind)), None)
     if row is None:
@@ -247,7 +242,7 @@ def _is_plain(module: nn.Module) -> bool:
     return (
         not isinstance(module, torch.jit.ScriptModule)
         and type(module).forward.__module__.startswith("torch.nn.")
-        and (not parametrize.is_parametrized(module) or reparametrised.known(module))
+        and not reparametrised.is_another(module)
     )
 
 

@@ -15,10 +15,21 @@ from polyckpt.layers import axes
 Roles = dict[str, tuple[str, str]]
 
 
-def known(module: nn.Module) -> bool:
-    """Whether the weight, and nothing else, is parametrized, in one of these ways."""
+def keys(module: nn.Module) -> list[str]:
+    """Keys of the tensors that a parametrization of these kinds holds for a module, relative to it."""
+    if not parametrize.is_parametrized(module) or is_another(module):
+        return []
     lists: Any = module.parametrizations
-    return list(lists) == ["weight"] and len(lists.weight) == 1 and type(lists.weight[0]) in _PARAMETRIZATIONS
+    tensors = [*lists.named_parameters(), *lists.named_buffers()]
+    return [f"parametrizations.{key}" for key, _ in tensors]
+
+
+def is_another(module: nn.Module) -> bool:
+    """Whether a module is parametrized otherwise than by one of these at its weight, and nothing else."""
+    if not parametrize.is_parametrized(module):
+        return False
+    lists: Any = module.parametrizations
+    return not (list(lists) == ["weight"] and len(lists.weight) == 1 and type(lists.weight[0]) in _PARAMETRIZATIONS)
 
 
 def roles(module: nn.Module, weight: tuple[str, str] | None) -> Roles:

@@ -164,6 +164,20 @@ def test_the_next_update_follows_from_the_manifest(case: str, tmp_path: Path) ->
     assert sorted(seen) == list(SHAPES)
 
 
+def test_adafactor_tells_what_it_is_made_of(tmp_path: Path) -> None:
+    checkpoint, _ = saved(optax.adafactor(0.02, min_dim_size_to_factor=2, decay_rate=0.7, clipping_threshold=3.0), tmp_path)
+    optimizer = described(checkpoint)
+    assert optimizer.family == "adafactor" and optimizer.conventions == {"epsilon": "in_square", "rate": "as_given"}
+    (group,) = optimizer.groups
+    assert group.hyperparameters == {
+        "learning_rate": 0.02,
+        "epsilon": 1e-30,
+        "epsilon2": 1e-3,
+        "beta2_decay": -0.7,
+        "clip_threshold": 3.0,
+    }
+
+
 def test_groups_are_those_of_masks_and_labels(tmp_path: Path) -> None:
     optimizer = described(saved(CASES["masked decay"][1](), tmp_path / "1")[0])
     decays = {group.parameters: group.hyperparameters.get("weight_decay") for group in optimizer.groups}
