@@ -21,6 +21,7 @@ from polyckpt.checkpoint import StoredTensor
 from polyckpt.errors import Problem, UnsupportedError
 from polyckpt.leaves import Leaf
 from polyckpt.residue import Constant
+from polyckpt.updates import Form
 
 NO_OPTIMIZER = False
 """What a caller passes as `optimizer` to leave out one that the model carries."""
@@ -31,11 +32,13 @@ class Parts:
     """What the objects given to `save` or `load` consist of.
 
     `join(model, optimizer)` puts restored parts back into the forms the caller gave: a pair of model and optimizer.
+    `tx(optimizer)` gives the transformation that a restored state is of, where the caller gave one.
     """
 
     model: Any
     optimizer: Any | None
     join: Callable[[Any, Any], tuple[Any, Any]] = lambda model, optimizer: (model, optimizer)
+    tx: Callable[[Any], Any] = lambda optimizer: None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +68,9 @@ class OptimizerCapture:
 
     slots: slot -> parameter name -> tensor. meanings: slot -> row of polyckpt.optimizers. native: all else that the same
     framework needs to go on exactly (tree for polyckpt.residue). The rest as in schema.Optimizer. learning_rate: one, or
-    one per group, None where the optimizer does not hold it.
+    one per group, None where the optimizer does not hold it. settable: hyperparameters that a live optimizer can be given;
+    choices: conventions, with what they can be set to; rates: where
+    the learning rate follows a schedule, that of each group after so many updates.
     """
 
     type: str
@@ -77,6 +82,36 @@ class OptimizerCapture:
     step: int | None = None
     native: Any = None
     learning_rate: float | tuple[float, ...] | None = None
+    settable: frozenset[str] = frozenset()
+    choices: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    rates: Callable[[int], tuple[float, ...]] | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinuedGroup:
+    """One group of a live optimizer that goes on from a checkpoint of another framework.
+
+    hyperparameters, conventions: what is to be set. form: what every update is to compute, where the optimizer's own formula
+    is another one that will not do; then slots are those of `form`.
+    """
+
+    parameters: tuple[str, ...]
+    hyperparameters: Mapping[str, Any]
+    conventions: Mapping[str, str]
+    form: Form | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Continuation:
+    """How a live optimizer goes on from a checkpoint of another framework.
+
+    step: completed updates. groups: one for each that the optimizer was described with. slots: meaning -> parameter -> tensor,
+    of the shape of the parameter or of what `updates.slots_of` says.
+    """
+
+    step: int
+    groups: Sequence[ContinuedGroup]
+    slots: Mapping[str, Mapping[str, StoredTensor]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,10 +208,11 @@ class Adapter(Protocol):
         """Whether `value`, whose class is of no known package, is this framework's all the same (a registered pytree)."""
         ...
 
-    def parts(self, model: Any, optimizer: Any | None) -> Parts:
+    def parts(self, model: Any, optimizer: Any | None, tx: Any = None) -> Parts:
         """Take apart what the caller gave: a model may carry its optimizer, be wrapped, or be a whole train state.
 
         optimizer: the caller's; None means the one the model carries, NO_OPTIMIZER that it is to be left out.
+        tx: the transformation of a bare optimizer state (optax).
         """
         ...
 
@@ -198,6 +234,12 @@ class Adapter(Protocol):
 
     def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]]) -> Restore:
         """Compare a live optimizer with a stored one. `parameters` are those of the live model, by its own adapter."""
+        ...
+
+    def continue_optimizer(
+        self, optimizer: Any, continuation: Continuation, captured: ModelCapture, model: Any
+    ) -> Restore:
+        """Prepare a live optimizer to go on where one of another framework stopped. `captured` describes the live `model`."""
         ...
 
     def capture_object(self, value: Any) -> tuple[str, Any] | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -93,3 +93,28 @@ class Held(StoredTensor):
 
     def raw(self) -> np.ndarray:
         return self._bytes
+
+
+class Made(StoredTensor):
+    """A tensor that is computed when it is read. `sources` are verified in its stead."""
+
+    def __init__(
+        self, name: str, dtype: str, shape: tuple[int, ...], compute: Callable[[], np.ndarray], *sources: StoredTensor
+    ) -> None:
+        self.name, self.dtype, self.shape = name, dtype, shape
+        self._compute, self._sources = compute, sources
+
+    @property
+    def checksums(self) -> tuple[str, ...]:
+        return (checksum(self.raw().data),)
+
+    def verify(self) -> None:
+        for source in self._sources:
+            source.verify()
+
+    def raw(self) -> np.ndarray:
+        return self.numpy().reshape(-1).view(np.uint8)
+
+    def numpy(self) -> np.ndarray:
+        made = np.asarray(self._compute(), lookup(self.dtype, self.name).numpy)
+        return contiguous(np.broadcast_to(made.reshape(self.shape) if made.ndim else made, self.shape))

@@ -15,13 +15,16 @@ from polyckpt.units import OPTIONAL, Unit
 class Exactness(enum.StrEnum):
     """What happens to a tensor on its way.
 
-    EXACT: every bit of every number arrives, in another layout or a wider type at most. FOLDED: numbers were added up, so that
-    outputs agree but training may go on differently. DEFAULT: the checkpoint has none, and the value that stands for none was
-    taken. DROPPED: the model has no place for it. APPROXIMATE: rounded to a narrower type.
+    EXACT: every bit of every number arrives, in another layout or a wider type at most. HYPERPARAMETER, CONSTANT_RATE: an
+    optimizer goes on exactly, with another number for the same thing; or as long as its learning rate stays. FOLDED: numbers
+    were added up, so that outputs agree but training may go on differently. DEFAULT: the checkpoint has none, and the value
+    that stands for none was taken. DROPPED: the live object has no place for it. APPROXIMATE: rounded to a narrower type; or
+    an optimizer computes something else, by the size told.
     """
 
     EXACT = "exact"
     HYPERPARAMETER = "exact with changed hyperparameter"
+    CONSTANT_RATE = "exact while the learning rate stays"
     FOLDED = "folded"
     DEFAULT = "default"
     DROPPED = "dropped"

@@ -22,6 +22,8 @@ MEANINGS: dict[str, str] = {
     "squared_update": "average of squared updates",
     "row_second_moment": "average of g^2 over the last axis",
     "column_second_moment": "average of g^2 over the axis before the last",
+    "longest_axis_second_moment": "average of g^2 over the longest axis (of equals the last)",
+    "next_axis_second_moment": "average of g^2 over the longest axis but one",
     "momentum_product": "product of the momentum coefficients so far",
     "previous_gradient": "g of the update before, zero where its sign changed",
     "step_size": "step size of each element",
@@ -45,7 +47,16 @@ FAMILIES: dict[str, frozenset[str]] = {
     "rmsprop": frozenset({"second_moment", "first_moment", "momentum"}),
     "adagrad": frozenset({"squared_sum"}),
     "adadelta": frozenset({"second_moment", "squared_update"}),
-    "adafactor": frozenset({"row_second_moment", "column_second_moment", "second_moment", "first_moment"}),
+    "adafactor": frozenset(
+        {
+            "row_second_moment",
+            "column_second_moment",
+            "longest_axis_second_moment",
+            "next_axis_second_moment",
+            "second_moment",
+            "first_moment",
+        }
+    ),
     "lion": frozenset({"first_moment"}),
     "lamb": _ADAM,
     "muon": frozenset({"momentum", "first_moment", "second_moment"}),
@@ -117,6 +128,25 @@ CONVENTIONS: dict[str, dict[str, str]] = {
 """Convention -> choice -> formula."""
 
 
+UNUSED: dict[str, float | bool] = {
+    "weight_decay": 0.0,
+    "momentum": 0.0,
+    "dampening": 0.0,
+    "learning_rate_decay": 0.0,
+    "nesterov": False,
+    "amsgrad": False,
+    "centered": False,
+    "maximize": False,
+}
+"""Hyperparameter -> the value that amounts to not having it."""
+
+STRUCTURAL = frozenset({"nesterov", "amsgrad", "centered", "maximize"})
+"""Hyperparameters that decide which slots there are or what they hold: compared, never set."""
+
+LINEAR = frozenset({"first_moment", "momentum", "previous_gradient", "linear", "gradient_accumulator", "parameter_average"})
+"""Slots that change their sign with the parameter; the others are of even degree in g."""
+
+
 def problems(optimizer: Optimizer) -> Iterator[str]:
     """What a described optimizer says that the tables do not know, one line each."""
     if optimizer.family != CUSTOM and optimizer.family not in FAMILIES:
@@ -133,3 +163,12 @@ def problems(optimizer: Optimizer) -> Iterator[str]:
         for name in group.hyperparameters:
             if name not in HYPERPARAMETERS:
                 yield f"hyperparameter {name!r} is not in the table"
+
+
+def factored(meaning: str, shape: tuple[int, ...]) -> str:
+    """The meaning of a factored slot of a parameter of `shape` in terms of its last two axes, where they are the longest."""
+    longest = sorted(range(len(shape)), key=lambda axis: shape[axis])[-2:]
+    if meaning not in ("longest_axis_second_moment", "next_axis_second_moment") or len(longest) < 2:
+        return meaning
+    axis = longest[-1] if meaning == "longest_axis_second_moment" else longest[0]
+    return {len(shape) - 1: "row_second_moment", len(shape) - 2: "column_second_moment"}.get(axis, meaning)

@@ -15,6 +15,7 @@ import numpy as np
 
 from polyckpt.adapter import (
     NO_OPTIMIZER,
+    Continuation,
     ModelCapture,
     OptimizerCapture,
     Parts,
@@ -53,10 +54,19 @@ class JaxAdapter:
     def recognises(self, value: Any) -> bool:
         return trees.is_node(value)
 
-    def parts(self, model: Any, optimizer: Any | None) -> Parts:
-        if not _is_train_state(model):
-            return Parts(model=model, optimizer=None if optimizer is NO_OPTIMIZER else optimizer)
-        return _train_state_parts(model, optimizer)
+    def parts(self, model: Any, optimizer: Any | None, tx: Any = None) -> Parts:
+        if _is_train_state(model):
+            return _train_state_parts(model, optimizer)
+        if optimizer is None or optimizer is NO_OPTIMIZER:
+            return Parts(model=model, optimizer=None)
+        if tx is None:
+            return Parts(model=model, optimizer=optimizer)
+        return Parts(
+            model=model,
+            optimizer=Carried(optimizer, None, lambda: tx),
+            join=lambda model, restored: (model, restored and restored.opt_state),
+            tx=lambda restored: restored.tx(),
+        )
 
     def capture_model(self, model: Any) -> ModelCapture:
         found = trees.entries(model, "model")
@@ -91,6 +101,11 @@ class JaxAdapter:
 
     def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]]) -> Restore:
         return optimizers.prepare(optimizer, stored)
+
+    def continue_optimizer(
+        self, optimizer: Any, continuation: Continuation, captured: ModelCapture, model: Any
+    ) -> Restore:
+        return optimizers.continue_(optimizer, continuation, captured, model)
 
     def capture_object(self, value: Any) -> tuple[str, Any] | None:
         trees.check_depth(value, "extra")
@@ -143,7 +158,8 @@ def _train_state_parts(state: Any, optimizer: Any | None) -> Parts:
     def join(model: Any, restored: Carried | None) -> tuple[Any, Any]:
         if restored is None:
             return model.replace(opt_state=state.opt_state, step=state.step), None
-        return model.replace(opt_state=restored.opt_state, step=restored.step), restored.opt_state
+        state = {"opt_state": restored.opt_state, "step": restored.step, "tx": restored.tx()}
+        return model.replace(**state), restored.opt_state
 
     return Parts(model=state.replace(opt_state=None, step=None), optimizer=carried, join=join)
 

@@ -8,17 +8,23 @@ for a caller who knows more.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from polyckpt import names, optimizers
-from polyckpt.adapter import ModelCapture, OptimizerCapture, Restore, StoredOptimizer
+from polyckpt.adapter import Continuation, ModelCapture, OptimizerCapture, Restore, StoredOptimizer
 from polyckpt.adapters.jax import arrays, transforms, trees
+from polyckpt.adapters.jax.arrays import Stored
+from polyckpt.adapters.jax.continued import ContinuedState
+from polyckpt.adapters.jax.transforms import Described
 from polyckpt.adapters.jax.trees import Entry
-from polyckpt.errors import CorruptError
+from polyckpt.converted import Made
+from polyckpt.errors import CorruptError, UnsupportedError
 from polyckpt.leaves import Leaf
+from polyckpt.optimizers import factored
 from polyckpt.schema import ParameterGroup, to_number
 
 
@@ -51,15 +57,20 @@ _MEANINGS: dict[tuple[str, str], str] = {
     ("ScaleByRssState", "sum_of_squares"): "squared_sum",
     ("ScaleByAdaDeltaState", "e_g"): "second_moment",
     ("ScaleByAdaDeltaState", "e_x"): "squared_update",
+    ("FactoredState", "v_row"): "longest_axis_second_moment",
+    ("FactoredState", "v_col"): "next_axis_second_moment",
     ("FactoredState", "v"): "second_moment",
     ("ScaleByRpropState", "step_sizes"): "step_size",
     ("TraceState", "trace"): "momentum",
+    **{("ContinuedState", meaning): meaning for meaning in ContinuedState._fields if meaning != "count"},
     ("MultiStepsState", "acc_grads"): "gradient_accumulator",
     ("ApplyEvery", "grad_acc"): "gradient_accumulator",
 }
 """State class and field -> what it holds in every optimizer that has this state."""
 
-_FACTORED = {("FactoredState", "v_row"), ("FactoredState", "v_col"), ("FactoredState", "v")}
+_FACTORED = {("FactoredState", "v_row"), ("FactoredState", "v_col"), ("FactoredState", "v")} | {
+    ("ContinuedState", meaning) for meaning in ContinuedState._fields
+}
 """Slots whose tensors may have another shape than their parameter."""
 
 _STEPS = {
@@ -74,6 +85,7 @@ _STEPS = {
             "ScaleByRmsWithCountState",
             "ScaleByRStdDevWithCountState",
             "ScaleByScheduleState",
+            "ContinuedState",
             "FactoredState",
             "MuonState",
             "EmaState",
@@ -103,19 +115,6 @@ _FAMILIES = {
 }
 """States that one family alone has."""
 
-_HYPERPARAMETERS = {
-    "learning_rate": "learning_rate",
-    "b1": "beta1",
-    "b2": "beta2",
-    "eps": "epsilon",
-    "weight_decay": "weight_decay",
-    "momentum": "momentum",
-    "nesterov": "nesterov",
-    "rho": "rho",
-    "initial_accumulator_value": "initial_accumulator",
-}
-"""Arguments of optax's optimizers that mean the same in all of them -> neutral name."""
-
 _INJECTED = ("InjectHyperparamsState", "InjectStatefulHyperparamsState")
 
 
@@ -140,7 +139,7 @@ def capture(optimizer: Any, model: ModelCapture) -> OptimizerCapture:
     for name, leaf in tensors.items():
         slot, within = _split(name, by_slot)
         slots.setdefault(slot, {})[_parameter(within, prefix) if by_slot[slot].prefixes else within] = leaf
-    meanings = {slot: _meaning(by_slot[slot].owner, each, shapes) for slot, each in slots.items()}
+    meanings = {slot: _meaning(by_slot[slot].owner) for slot in slots}
     told = _told(optimizer, state, prefix, model)
     if told is not None:
         meanings |= {slot: meaning for slot in slots if (meaning := _ADAM_NU.get((told.family, *by_slot[slot].owner)))}
@@ -166,7 +165,15 @@ def capture(optimizer: Any, model: ModelCapture) -> OptimizerCapture:
             "carried": trees.as_tree(carried, "optimizer") if carried else None,
         },
         learning_rate=told.learning_rate if told else rates[0] if len(rates) == 1 else None,
+        settable=told.settable if told else frozenset(),
+        rates=(lambda step: _rates_at(step, optimizer, state, prefix, model)) if told and told.scheduled else None,
     )
+
+
+def _rates_at(step: int, optimizer: Any, state: Any, prefix: str | None, model: ModelCapture) -> tuple[float, ...]:
+    told = _told(optimizer, state, prefix, model, step)
+    assert told is not None
+    return told.learning_rate if isinstance(told.learning_rate, tuple) else (told.learning_rate,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +184,9 @@ class _Told:
     conventions: dict[str, str]
     groups: list[ParameterGroup]
     learning_rate: float | tuple[float, ...]
+    settable: frozenset[str]
+    scheduled: bool
+    described: list[Described]
 
 
 _ADAM_NU = {
@@ -186,15 +196,20 @@ _ADAM_NU = {
 """Family, state class and field -> what it holds."""
 
 
-def _told(optimizer: Any, state: Any, prefix: str | None, model: ModelCapture) -> _Told | None:
-    """What the transformation says, where it is at hand and can be read; groups of two families are beyond the tables."""
+def _told(
+    optimizer: Any, state: Any, prefix: str | None, model: ModelCapture, count: int | None = None
+) -> _Told | None:
+    """What the transformation says, where it is at hand and can be read; groups of two families are beyond the tables.
+
+    count: the completed updates that schedules are asked for, by default those that the state has seen.
+    """
     tx = optimizer.tx() if isinstance(optimizer, Carried) else getattr(optimizer, "tx", None)
     if tx is None:
         return None
     if prefix is None:
         prefix = "params" if any(name.startswith("params/") for name, _ in model.parameters) else ""
     inside = {_within(name, prefix): name for name, _ in model.parameters if not prefix or name.startswith(f"{prefix}/")}
-    found = transforms.describe(tx, state, {path: model.weights[name] for path, name in inside.items()})
+    found = transforms.describe(tx, state, {path: model.weights[name] for path, name in inside.items()}, count)
     if not found:
         return None
     conventions: dict[str, str] = {}
@@ -212,7 +227,15 @@ def _told(optimizer: Any, state: Any, prefix: str | None, model: ModelCapture) -
         for paths, described in found
     ]
     rates = tuple(float(described.hyperparameters["learning_rate"]) for _, described in found)
-    return _Told(found[0][1].family, conventions, groups, rates if len(rates) > 1 else rates[0])
+    return _Told(
+        found[0][1].family,
+        conventions,
+        groups,
+        rates if len(rates) > 1 else rates[0],
+        settable=frozenset.intersection(*(each.settable for _, each in found)),
+        scheduled=any(each.rate is not None for _, each in found),
+        described=[each for _, each in found],
+    )
 
 
 def prepare(optimizer: Any, stored: StoredOptimizer) -> Restore:
@@ -229,6 +252,111 @@ def prepare(optimizer: Any, stored: StoredOptimizer) -> Restore:
     slots = trees.compare(found, arrays.stored_leaves(tensors, native, "optimizer"), "optimizer")
     steps = trees.compare(carried, trees.from_tree(native["carried"], "optimizer"), "optimizer")
     return trees.restore(optimizer, [slots, steps])
+
+
+def continue_(optimizer: Any, continuation: Continuation, model: ModelCapture, live: Any) -> Restore:
+    """Prepare an optimizer to go on from a checkpoint of another framework. live: the model, as the caller gave it."""
+    if any(group.form for group in continuation.groups):
+        return _continue_otherwise(optimizer, continuation, model, live)
+    captured = capture(optimizer, model)
+    state, found, carried = _opened(optimizer)
+    shapes = {name: leaf.shape for name, leaf in model.weights.items()}
+    places = {names.join(place.path): place for place in _places(state, (), ("", ""), shapes)}
+    prefix = captured.native["prefix"]
+    wanted: dict[str, Stored] = {}
+    for name, entry in found.items():
+        slot, within = _split(name, places)
+        parameter = _parameter(within, prefix)
+        meaning = factored(captured.meanings.get(slot, optimizers.CUSTOM), shapes.get(parameter, ()))
+        tensor = continuation.slots.get(meaning, {}).get(parameter) if places[slot].prefixes else None
+        if places[slot].owner in _STEPS:
+            wanted[name] = _number(entry, continuation.step)
+        elif tensor is not None and tensor.shape == np.shape(entry.value):
+            wanted[name] = Stored(tensor, weak=arrays.is_array(entry.value) and _is_weak(entry.value))
+    wanted |= _injected(state, continuation, captured, model, found)
+    slots = trees.compare({name: found[name] for name in wanted}, wanted, "optimizer")
+    beside = {name: entry for name, entry in carried.items() if name == "step"}
+    steps = trees.compare(beside, {name: _number(entry, continuation.step) for name, entry in beside.items()}, "optimizer")
+    return trees.restore(optimizer, [slots, steps])
+
+
+def _number(entry: Entry, value: float) -> Stored:
+    """A number in the form that a leaf has."""
+    if not arrays.is_array(entry.value):
+        return Stored(value=type(entry.value)(value))
+    dtype = entry.value.dtype.name
+    return Stored(Made(entry.name, dtype, np.shape(entry.value), lambda: np.asarray(value)), weak=_is_weak(entry.value))
+
+
+def _is_weak(value: Any) -> bool:
+    return isinstance(value, jax.Array) and arrays.is_weak(value)
+
+
+def _injected(
+    state: Any, continuation: Continuation, captured: OptimizerCapture, model: ModelCapture, found: Mapping[str, Entry]
+) -> dict[str, Stored]:
+    """What a state that holds hyperparameters is to hold."""
+    wanted = {}
+    for path, (kind, node) in dict(_states(state, ())).items():
+        if kind not in _INJECTED:
+            continue
+        below = set(_group(path, node, captured.slots, model).parameters)
+        groups = [group for group in continuation.groups if not below or below & set(group.parameters)]
+        for name in node.hyperparams:
+            place = names.join((*path, "hyperparams", name))
+            values = [group.hyperparameters[transforms.INJECTED[name]] for group in groups
+                      if transforms.INJECTED.get(name) in group.hyperparameters]
+            if values and place in found:
+                wanted[place] = _number(found[place], values[0])
+    return wanted
+
+
+def _continue_otherwise(optimizer: Any, continuation: Continuation, model: ModelCapture, live: Any) -> Restore:
+    """The continuation of an optimizer by another formula: with a transformation of ours in the place of its own."""
+    tx = optimizer.tx() if isinstance(optimizer, Carried) else getattr(optimizer, "tx", None)
+    state, _, _ = _opened(optimizer)
+    prefix = _prefix_of(optimizer, model)
+    told, before = _told(optimizer, state, prefix, model), transforms.gradient_steps(tx) if tx is not None else None
+    if told is None or before is None:
+        raise UnsupportedError(
+            'optimizer: continuation="exact" puts another transformation in the place of the one given, which must be a chain '
+            "of known ones: pass it without the wrapper, and wrap what comes back"
+        )
+    made = transforms.instead_of(before, told.described, continuation.groups, lambda name: _parameter(name, prefix))
+    if isinstance(optimizer, Carried):
+        fresh = Carried(made.init(_inside(live, prefix)), optimizer.step, lambda: made)
+        return continue_(fresh, _without_forms(continuation), model, live)
+    fresh = trees.nnx().Optimizer(live, made, wrt=optimizer.wrt)
+    prepared = continue_(fresh, _without_forms(continuation), model, live)
+    old = optimizer.tx, optimizer.opt_state, optimizer.step
+
+    def put(tx: Any, opt_state: Any, step: Any) -> Any:
+        optimizer.tx, optimizer.opt_state, optimizer.step = tx, opt_state, step
+        return optimizer
+
+    def apply() -> Any:
+        prepared.apply()
+        return put(made, fresh.opt_state, fresh.step)
+
+    return replace(prepared, apply=apply, undo=lambda: put(*old))
+
+
+def _without_forms(continuation: Continuation) -> Continuation:
+    return replace(continuation, groups=[replace(group, form=None) for group in continuation.groups])
+
+
+def _prefix_of(optimizer: Any, model: ModelCapture) -> str | None:
+    prefix: str | None = capture(optimizer, model).native["prefix"]
+    if prefix is None:
+        prefix = "params" if any(name.startswith("params/") for name, _ in model.parameters) else ""
+    return prefix
+
+
+def _inside(live: Any, prefix: str | None) -> Any:
+    """The tree of parameters within a model."""
+    for segment in names.split(prefix) if prefix else ():
+        live = next(child for name, child in trees.children(live) if str(name) == segment)
+    return live
 
 
 def _opened(optimizer: Any) -> tuple[Any, dict[str, Entry], dict[str, Entry]]:
@@ -321,24 +449,10 @@ def _states(node: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...],
         yield from _states(child, (*path, segment))
 
 
-def _meaning(owner: tuple[str, str], slot: Mapping[str, Leaf], shapes: Mapping[str, tuple[int, ...]]) -> str:
+def _meaning(owner: tuple[str, str]) -> str:
     if owner in _STEPS:
         return "step"
-    if owner[0] == "FactoredState" and owner[1] in ("v_row", "v_col"):
-        return _factored_meaning(slot, shapes)
     return _MEANINGS.get(owner, optimizers.CUSTOM)
-
-
-def _factored_meaning(slot: Mapping[str, Leaf], shapes: Mapping[str, tuple[int, ...]]) -> str:
-    """optax averages over the larger of two axes in `v_row`, wherever it stands; the table over the last."""
-    found = set()
-    for name, leaf in slot.items():
-        shape = shapes.get(name, ())
-        if leaf.shape == (1,):  # not factored
-            continue
-        rows, columns = leaf.shape == shape[:-1], leaf.shape == (*shape[:-2], *shape[-1:])
-        found.add("row_second_moment" if rows and not columns else "column_second_moment" if columns and not rows else "")
-    return found.pop() if len(found) == 1 and found != {""} else optimizers.CUSTOM
 
 
 def _family(classes: Sequence[str], meanings: set[str]) -> str:
@@ -364,9 +478,9 @@ def _group(path: tuple[Any, ...], state: Any, slots: Mapping[str, Mapping[str, L
         if parameter in model.weights
     ]
     numbers = {
-        _HYPERPARAMETERS[name]: transforms.number(value)
+        transforms.INJECTED[name]: transforms.number(value)
         for name, value in state.hyperparams.items()
-        if name in _HYPERPARAMETERS
+        if name in transforms.INJECTED
     }
     return ParameterGroup(
         parameters=tuple(dict.fromkeys(slotted)),

@@ -9,52 +9,83 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import jax
 import numpy as np
 
 from polyckpt import names
+from polyckpt.adapter import ContinuedGroup
 from polyckpt.adapters.jax import trees
+from polyckpt.adapters.jax.continued import MAKER, Transformation, continued
 from polyckpt.leaves import Leaf
+from polyckpt.updates import Form
+
+
+@dataclass(frozen=True)
+class _At:
+    """Where a transformation stands.
+
+    only: the parameters that it changes, None for all. count: as in `describe`. injected: hyperparameters that a state holds
+    (optax.inject_hyperparams), with the schedule that each follows, or None.
+    """
+
+    parameters: Mapping[str, Leaf]
+    only: frozenset[str] | None
+    count: int | None
+    injected: Mapping[str, Any] = field(default_factory=dict)
+
+    def within(self, chosen: set[str]) -> _At:
+        """Below a mask that leaves these alone."""
+        return replace(self, only=frozenset(chosen) if self.only is None else self.only & chosen)
+
+    def updates(self, state: Any) -> np.ndarray:
+        """How many updates the schedule with this state is asked for."""
+        return np.asarray(int(number(state.count)) if self.count is None else self.count)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One transformation of a chain. name: of the function of optax that made it. state: its own.
-
-    only: the parameters that it changes, None for all.
-    """
+    """One transformation of a chain. name: of the function of optax that made it. state: its own."""
 
     name: str
     values: Mapping[str, Any]
     state: Any
-    only: frozenset[str] | None = None
+    at: _At
 
 
 @dataclass(frozen=True)
 class Described:
-    """A chain in neutral terms, as in schema.Optimizer and schema.ParameterGroup."""
+    """A chain in neutral terms, as in schema.Optimizer and schema.ParameterGroup.
+
+    rate: the learning rate, or a function that gives it for completed updates. settable: hyperparameters that its state holds.
+    """
 
     family: str
     conventions: Mapping[str, str]
     hyperparameters: Mapping[str, Any]
+    rate: Any = field(default=None, repr=False)
+    settable: frozenset[str] = frozenset()
 
 
 class _UnknownError(Exception):
     """A transformation that cannot be read."""
 
 
-def describe(tx: Any, state: Any, parameters: Mapping[str, Leaf]) -> list[tuple[tuple[str, ...], Described]] | None:
+def describe(
+    tx: Any, state: Any, parameters: Mapping[str, Leaf], count: int | None = None
+) -> list[tuple[tuple[str, ...], Described]] | None:
     """The parameters that are updated alike, and how; None where the transformation cannot be read.
 
-    state: the state of `tx`. parameters: by their paths in the tree that it is of.
+    state: the state of `tx`. parameters: by their paths in the tree that it is of. count: what schedules are asked for, by
+    default the updates that each has seen.
     """
     try:
-        steps = list(_read(tx.update, state, parameters, None))
+        steps = list(_read(tx.update, state, _At(parameters, None, count)))
         groups: dict[str, tuple[list[str], Described]] = {}
         for name in parameters:
-            own = [step for step in steps if step.only is None or name in step.only]
+            own = [step for step in steps if step.at.only is None or name in step.at.only]
             if any(step.name == "set_to_zero" for step in own):
                 continue  # frozen
             described = _described(own)
@@ -87,71 +118,60 @@ def _maker(function: Any) -> str:
     return str(getattr(function, "__qualname__", "")).partition(".<locals>")[0]
 
 
-def _read(update: Any, state: Any, parameters: Mapping[str, Leaf], only: frozenset[str] | None) -> Iterator[Step]:
+def _read(update: Any, state: Any, at: _At) -> Iterator[Step]:
     """The steps of the transformation with the function `update`."""
     if isinstance(update, functools.partial) or not hasattr(getattr(update, "__func__", update), "__code__"):
         raise _UnknownError(repr(update))
-    if not str(getattr(update, "__module__", "")).startswith("optax."):
+    if _maker(update) != MAKER and not str(getattr(update, "__module__", "")).startswith("optax."):
         raise _UnknownError(f"{update.__module__}.{update.__qualname__}")
     name = _maker(update)
     if name == "MultiSteps.update":
-        yield from _read(update.__self__._opt.update, state.inner_opt_state, parameters, only)
+        yield from _read(update.__self__._opt.update, state.inner_opt_state, at)
         return
     values = held(update)
     if name in _CONTAINERS:
-        yield from _CONTAINERS[name](values, state, parameters, only)
+        yield from _CONTAINERS[name](values, state, at)
     else:
-        yield Step(name, values, state, only)
+        yield Step(name, values, state, at)
 
 
-_Reader = Callable[[Mapping[str, Any], Any, Mapping[str, Leaf], frozenset[str] | None], Iterator[Step]]
+_Reader = Callable[[Mapping[str, Any], Any, _At], Iterator[Step]]
 
 
-def _chain(
-    values: Mapping[str, Any], state: Any, parameters: Mapping[str, Leaf], only: frozenset[str] | None
-) -> Iterator[Step]:
+def _chain(values: Mapping[str, Any], state: Any, at: _At) -> Iterator[Step]:
     for update, each in zip(values["update_fns"], state, strict=True):
-        yield from _read(update, each, parameters, only)
+        yield from _read(update, each, at)
 
 
-def _wrapped(
-    values: Mapping[str, Any], state: Any, parameters: Mapping[str, Leaf], only: frozenset[str] | None
-) -> Iterator[Step]:
-    yield from _read(values["tx"].update, state, parameters, only)
+def _wrapped(values: Mapping[str, Any], state: Any, at: _At) -> Iterator[Step]:
+    yield from _read(values["tx"].update, state, at)
 
 
-def _inner(
-    values: Mapping[str, Any], state: Any, parameters: Mapping[str, Leaf], only: frozenset[str] | None
-) -> Iterator[Step]:
-    yield from _read(values["inner"].update, state.inner_state, parameters, only)
+def _inner(values: Mapping[str, Any], state: Any, at: _At) -> Iterator[Step]:
+    yield from _read(values["inner"].update, state.inner_state, at)
 
 
-def _masked(
-    values: Mapping[str, Any], state: Any, parameters: Mapping[str, Leaf], only: frozenset[str] | None
-) -> Iterator[Step]:
-    chosen = {name for name, value in _spread(values["mask"], parameters).items() if value}
-    yield from _read(values["inner"].update, state.inner_state, parameters, _both(only, chosen))
+def _masked(values: Mapping[str, Any], state: Any, at: _At) -> Iterator[Step]:
+    chosen = {name for name, value in _spread(values["mask"], at.parameters).items() if value}
+    yield from _read(values["inner"].update, state.inner_state, at.within(chosen))
 
 
-def _partition(
-    values: Mapping[str, Any], state: Any, parameters: Mapping[str, Leaf], only: frozenset[str] | None
-) -> Iterator[Step]:
-    labels = _spread(values["param_labels"], parameters)
+def _partition(values: Mapping[str, Any], state: Any, at: _At) -> Iterator[Step]:
+    labels = _spread(values["param_labels"], at.parameters)
     for label, tx in values["transforms"].items():
         chosen = {name for name, value in labels.items() if value == label}
         within = state.inner_states[label]
-        yield from _read(tx.update, getattr(within, "inner_state", within), parameters, _both(only, chosen))
+        yield from _read(tx.update, getattr(within, "inner_state", within), at.within(chosen))
 
 
-def _injected(
-    values: Mapping[str, Any], state: Any, parameters: Mapping[str, Leaf], only: frozenset[str] | None
-) -> Iterator[Step]:
+def _injected(values: Mapping[str, Any], state: Any, at: _At) -> Iterator[Step]:
     numbers = {name: number(value) for name, value in state.hyperparams.items()}
     # The state holds what the last update used.
     for name, schedule in values["sched_hps"].items():
-        numbers[name] = number(schedule.schedule_fn(_count(state.hyperparams_states[name])))
+        numbers[name] = number(schedule.schedule_fn(at.updates(state.hyperparams_states[name])))
     tx = values["inner_factory"](**values["other_hps"], **numbers)
-    yield from _read(tx.update, state.inner_state, parameters, only)
+    injected = {name: values["sched_hps"][name].schedule_fn if name in values["sched_hps"] else None for name in numbers}
+    yield from _read(tx.update, state.inner_state, replace(at, injected=injected))
 
 
 _CONTAINERS: dict[str, _Reader] = {
@@ -162,10 +182,6 @@ _CONTAINERS: dict[str, _Reader] = {
     "partition": _partition,
     "inject_hyperparams": _injected,
 }
-
-
-def _both(only: frozenset[str] | None, chosen: set[str]) -> frozenset[str]:
-    return frozenset(chosen) if only is None else only & chosen
 
 
 def _spread(given: Any, parameters: Mapping[str, Leaf]) -> dict[str, Any]:
@@ -190,11 +206,6 @@ def _spread(given: Any, parameters: Mapping[str, Leaf]) -> dict[str, Any]:
 def number(value: Any) -> float:
     """A Python number of a 0-d array, or of a Variable that holds one."""
     return float(np.asarray(value.get_value() if trees.is_variable(value) else value, np.float64))
-
-
-def _count(state: Any) -> np.ndarray:
-    """How many updates the state of a schedule has seen."""
-    return np.asarray(int(number(state.count)))
 
 
 # From steps to the tables.
@@ -249,7 +260,12 @@ def _described(steps: Sequence[Step]) -> Described:
     rate, rated, family = -1.0, False, "sgd"
     for step in steps:
         row = _ROWS.get(step.name)
-        if row is not None:
+        if step.name == MAKER:
+            form, rated = step.values["form"], True
+            scaler, family, rate = MAKER, form.family, _factor(step)
+            conventions |= form.conventions
+            values |= form.hyperparameters
+        elif row is not None:
             if scaler or rated or any(step.values.get(name) != value for name, value in row.needs.items()):
                 raise _UnknownError(step.name)
             scaler, family = step.name, row.family
@@ -288,7 +304,42 @@ def _described(steps: Sequence[Step]) -> Described:
             raise _UnknownError(step.name)
     values["learning_rate"] = rate
     plain = {name: value if isinstance(value, bool) else number(value) for name, value in values.items()}
-    return Described(family, conventions, plain)
+    settable = {
+        INJECTED[name] for step in steps for name, schedule in step.at.injected.items() if name in INJECTED and schedule is None
+    }
+    return Described(family, conventions, plain, _rate_of(steps), frozenset(settable))
+
+
+INJECTED = {
+    "learning_rate": "learning_rate",
+    "b1": "beta1",
+    "b2": "beta2",
+    "eps": "epsilon",
+    "weight_decay": "weight_decay",
+    "momentum": "momentum",
+    "nesterov": "nesterov",
+    "rho": "rho",
+    "initial_accumulator_value": "initial_accumulator",
+}
+"""Arguments of optax's optimizers that mean the same in all of them -> neutral name."""
+
+
+def _rate_of(steps: Sequence[Step]) -> Any:
+    """The learning rate of some steps: a function where it follows a schedule, else None."""
+    injected = next((step.at.injected["learning_rate"] for step in steps if "learning_rate" in step.at.injected), None)
+    if injected is not None:
+        return injected
+    scales = [step for step in steps if step.name in ("scale", "scale_by_schedule", MAKER)]
+    if not any(step.name == "scale_by_schedule" or callable(step.values.get("learning_rate")) for step in scales):
+        return None
+
+    def rate(count: Any) -> Any:
+        total: Any = -1.0
+        for step in scales:
+            total = total * _factor_at(step, count)
+        return total
+
+    return rate
 
 
 def _special(step: Step, conventions: dict[str, str], values: dict[str, Any]) -> None:
@@ -303,6 +354,66 @@ def _special(step: Step, conventions: dict[str, str], values: dict[str, Any]) ->
 
 def _factor(step: Step) -> float:
     """What the next update is multiplied by."""
-    if step.name == "scale":
-        return number(step.values["step_size"])
-    return number(step.values["step_size_fn"](_count(step.state)))
+    return number(_factor_at(step, step.at.updates(step.state) if hasattr(step.state, "count") else None))
+
+
+def _factor_at(step: Step, count: Any) -> Any:
+    """What an update after `count` completed ones is multiplied by."""
+    if step.name == MAKER:
+        return -step.values["rate"](count)
+    return step.values["step_size"] if step.name == "scale" else step.values["step_size_fn"](count)
+
+
+def gradient_steps(tx: Any) -> list[Any] | None:
+    """The transformations that a chain begins with and that only change gradients; None for what is no chain of known ones.
+
+    The rest of the chain is what `describe` tells.
+    """
+    update, init = tx.update, tx.init
+    name = _maker(update)
+    if name == "with_extra_args_support":
+        return gradient_steps(held(update)["tx"])
+    if name == "chain":
+        found: list[Any] = []
+        for init_one, update_one in zip(held(init)["init_fns"], held(update)["update_fns"], strict=True):
+            below = gradient_steps(Transformation(init_one, update_one))
+            if below is None:
+                return None
+            found += below
+        return found
+    if name in _GRADIENT_ONLY:
+        return [tx]
+    return None if name in ("MultiSteps.update", "apply_if_finite") else []
+
+
+def instead_of(
+    before: Sequence[Any],
+    described: Sequence[Described],
+    groups: Sequence[ContinuedGroup],
+    name_of: Callable[[str], str],
+) -> Any:
+    """A chain that computes the forms of `groups` in the place of what was described, with its learning rates.
+
+    before: transformations of gradients that stay. name_of: from a path in the tree of parameters to the name of a weight.
+    """
+    import optax
+
+    made = []
+    for each, group in zip(described, groups, strict=True):
+        form = group.form or Form(each.family, each.conventions, each.hyperparameters)
+        rate = group.hyperparameters.get("learning_rate", each.hyperparameters["learning_rate"])
+        if "learning_rate" in each.settable:
+            made.append(optax.inject_hyperparams(continued)(learning_rate=rate, form=form))
+        else:
+            made.append(continued(each.rate or rate, form))
+    if len(made) == 1:
+        return optax.chain(*before, made[0])
+    of = {name: str(index) for index, group in enumerate(groups) for name in group.parameters}
+
+    def labels(params: Any) -> Any:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, _: of.get(name_of(names.join(tuple(map(trees.segment, path)))), "frozen"), params
+        )
+
+    parts = {**{str(index): each for index, each in enumerate(made)}, "frozen": optax.set_to_zero()}
+    return optax.chain(*before, optax.partition(parts, labels))

@@ -72,7 +72,7 @@ def is_node(value: Any) -> bool:
 def children(node: Any) -> list[tuple[Any, Any]]:
     """The segments and values one level below a container."""
     pairs = jax.tree_util.tree_flatten_with_path(node, is_leaf=lambda value: value is not node)[0]
-    return [(_segment(keys[0]), child) for keys, child in pairs if keys]
+    return [(segment(keys[0]), child) for keys, child in pairs if keys]
 
 
 def check_depth(tree: Any, where: str, depth: int = 0) -> None:
@@ -107,7 +107,7 @@ def entries(tree: Any, where: str) -> dict[str, Entry]:
 def variable_paths(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     """Every nnx Variable with its path; a shared one has one path."""
     for keys, leaf in _flatten(tree, "model")[0]:
-        at = (*path, *map(_segment, keys))
+        at = (*path, *map(segment, keys))
         if is_variable(leaf):
             yield leaf, at
         elif is_graph(leaf):
@@ -117,7 +117,7 @@ def variable_paths(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any,
 def rebuild(tree: Any, values: Mapping[str, Any], path: tuple[Any, ...] = ()) -> Any:
     """The tree with `values` by name in the places of its leaves. nnx objects are updated in place, all else is new."""
     leaves, treedef = _flatten(tree, "model")
-    return treedef.unflatten([_rebuilt(leaf, values, (*path, *map(_segment, keys))) for keys, leaf in leaves])
+    return treedef.unflatten([_rebuilt(leaf, values, (*path, *map(segment, keys))) for keys, leaf in leaves])
 
 
 def capture(found: Mapping[str, Entry], where: str) -> tuple[dict[str, Leaf], dict[str, Any]]:
@@ -223,7 +223,7 @@ def _walk(
     tree: Any, path: tuple[Any, ...], variable: type | None, where: str
 ) -> Iterator[tuple[tuple[Any, ...], Any, type | None]]:
     for keys, leaf in _flatten(tree, where)[0]:
-        at = (*path, *map(_segment, keys))
+        at = (*path, *map(segment, keys))
         if is_variable(leaf):
             yield from _walk(leaf.get_value(), at, type(leaf), where)
         elif is_graph(leaf):
@@ -250,7 +250,8 @@ def _flatten(tree: Any, where: str) -> tuple[list[tuple[tuple[Any, ...], Any]], 
         ) from error
 
 
-def _segment(key: Any) -> Any:
+def segment(key: Any) -> Any:
+    """The segment of a name for a key of JAX."""
     for attribute in ("key", "idx", "name"):
         if hasattr(key, attribute):
             return getattr(key, attribute)

@@ -13,6 +13,7 @@ import numpy as np
 from polyckpt import residue
 from polyckpt.adapter import (
     NO_OPTIMIZER,
+    Continuation,
     ModelCapture,
     OptimizerCapture,
     Parts,
@@ -55,12 +56,18 @@ class KerasAdapter:
     def recognises(self, value: Any) -> bool:
         return False
 
-    def parts(self, model: Any, optimizer: Any | None) -> Parts:
+    def parts(self, model: Any, optimizer: Any | None, tx: Any = None) -> Parts:
         if optimizer is NO_OPTIMIZER:
             return Parts(model=model, optimizer=None)
         main = getattr(model, "optimizer", None) if optimizer is None else optimizer
         whole = optimizers.whole(model, main)
-        return Parts(model=model, optimizer=whole, join=lambda model, restored: (model, main if restored else None))
+
+        def join(model: Any, restored: Any) -> tuple[Any, Any]:
+            if isinstance(restored, optimizers.Continued) and getattr(model, "optimizer", None) is main is not restored:
+                optimizers.use(model, restored)
+            return model, (main if restored is whole else restored) if restored else None
+
+        return Parts(model=model, optimizer=whole, join=join)
 
     def capture_model(self, model: Any) -> ModelCapture:
         _check_built(model)
@@ -87,6 +94,11 @@ class KerasAdapter:
 
     def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]]) -> Restore:
         return optimizers.prepare(optimizer, stored, parameters, "optimizer")
+
+    def continue_optimizer(
+        self, optimizer: Any, continuation: Continuation, captured: ModelCapture, model: Any
+    ) -> Restore:
+        return optimizers.continue_(optimizer, continuation, captured, "optimizer")
 
     def capture_object(self, value: Any) -> tuple[str, Any] | None:
         return next(((kind, capture(value)) for kind, (cls, capture, _) in _OBJECTS.items() if isinstance(value, cls)), None)

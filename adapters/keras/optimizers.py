@@ -15,8 +15,9 @@ import keras
 import numpy as np
 
 from polyckpt import names, optimizers, residue
-from polyckpt.adapter import OptimizerCapture, Restore, StoredOptimizer
+from polyckpt.adapter import Continuation, ModelCapture, OptimizerCapture, Restore, StoredOptimizer
 from polyckpt.adapters.keras import variables
+from polyckpt.adapters.keras.continued import Continued
 from polyckpt.checkpoint import StoredTensor
 from polyckpt.errors import Problem, UnsupportedError
 from polyckpt.leaves import Leaf
@@ -117,20 +118,18 @@ def capture(optimizer: Any, parameters: Sequence[tuple[str, Any]]) -> OptimizerC
         for slot, entries in state.slots.items()
     }
     inner = _innermost(optimizer)
-    keys = {"learning_rate": _learning_rate(optimizer), "weight_decay": getattr(inner, "weight_decay", None)}
-    if row:
-        keys |= {name: getattr(inner, attribute, None) for name, attribute in row.keys.items()}
-    hyperparameters: dict[str, Hyperparameter] = {
-        name: to_number(value) for name, value in keys.items() if isinstance(value, bool | int | float)
-    }
     trained = _trained(inner, parameters)
+    scheduled = isinstance(getattr(inner, "_learning_rate", None), keras.optimizers.schedules.LearningRateSchedule)
+    settable = frozenset() if scheduled else {"learning_rate"}
+    if not inner.built and row and not isinstance(inner, Continued):
+        settable |= {*row.keys, "weight_decay"}
     return OptimizerCapture(
         type=type_name(optimizer),
         family=row.family if row else optimizers.CUSTOM,
         slots=slots,
         meanings={slot: _meaning(slot, row) for slot in slots},
-        groups=[ParameterGroup(parameters=tuple(name for name, _ in trained), hyperparameters=hyperparameters)],
-        conventions=_conventions(inner, row, state),
+        groups=_groups(optimizer, row, trained or _trainable(parameters)),
+        conventions=_conventions(inner, row, state, [variable for _, variable in trained or _trainable(parameters)]),
         step=int(keras.ops.convert_to_numpy(inner.iterations)),
         native={
             "built": bool(optimizer.built),
@@ -139,7 +138,52 @@ def capture(optimizer: Any, parameters: Sequence[tuple[str, Any]]) -> OptimizerC
             "others": {name: variables.leaf(variable, f"optimizer: {name}") for name, variable in state.others.items()},
         },
         learning_rate=_learning_rate(optimizer),
+        settable=frozenset(settable),
+        choices={} if inner.built else {"weight_decay": frozenset({"decoupled"})},
+        rates=(lambda step: (float(keras.ops.convert_to_numpy(inner._learning_rate(step))),)) if scheduled else None,
     )
+
+
+def _groups(optimizer: Any, row: Row | None, trained: Sequence[tuple[str, Any]]) -> list[ParameterGroup]:
+    """Parameters by their weight decay, in which alone they can differ: the optimizer's, or that of their L2 regularizer."""
+    inner = _innermost(optimizer)
+    values: dict[str, Any] = {"learning_rate": _learning_rate(optimizer)}
+    if isinstance(inner, Continued):
+        values |= inner.form.hyperparameters | values
+    elif row:
+        values |= {name: getattr(inner, attribute, None) for name, attribute in row.keys.items()}
+    plain: dict[str, Hyperparameter] = {
+        name: to_number(value) for name, value in values.items() if isinstance(value, bool | int | float)
+    }
+    groups: dict[float | None, list[str]] = {}
+    for name, variable in trained:
+        groups.setdefault(_decay(inner, variable), []).append(name)
+    return [
+        ParameterGroup(
+            parameters=tuple(inside), hyperparameters={**plain, **({"weight_decay": decay} if decay is not None else {})}
+        )
+        for decay, inside in (groups or {_decay(inner, None): []}).items()
+    ]
+
+
+def _decay(inner: Any, variable: Any) -> float | None:
+    """The weight decay of a variable; None where there is none, or only that of a form."""
+    if isinstance(inner, Continued):
+        return None
+    if inner.weight_decay is not None:
+        return float(inner.weight_decay) if variable is None or inner._use_weight_decay(variable) else 0.0
+    return _penalty(variable) or None
+
+
+def _penalty(variable: Any) -> float:
+    """The coupled decay that the L2 regularizer of a variable amounts to: its gradient is 2 * l2 * w."""
+    regularizer = getattr(variable, "regularizer", None)
+    return 2 * float(regularizer.l2) if type(regularizer) in (keras.regularizers.L2,) else 0.0
+
+
+def _trainable(parameters: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+    """What an optimizer that is not built yet will be built for."""
+    return [(name, variable) for name, variable in parameters if isinstance(variable, keras.Variable) and variable.trainable]
 
 
 def prepare(optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]], section: str) -> Restore:
@@ -240,6 +284,60 @@ def _compare_settings(optimizer: Any, stored: Mapping[str, Any], section: str) -
     for name, value in stored.items():
         if name in live and live[name] != value:
             yield Problem("value", section, name, stored=repr(value), live=repr(live[name]))
+
+
+def continue_(optimizer: Any, continuation: Continuation, model: ModelCapture, section: str) -> Restore:
+    """Prepare an optimizer to go on from a checkpoint of another framework.
+
+    Where it is to follow another formula it is a new one that comes back, with the settings that the formula does not have.
+    """
+    if isinstance(optimizer, Several):
+        problem = Problem("value", section, "optimizers", stored="one", live=f"{len(optimizer.owned) + 1}, of a model of several")
+        return Restore(apply=lambda: optimizer, problems=[problem])
+    inner, parameters = _innermost(optimizer), model.parameters
+    trained = _trained(inner, parameters) if inner.built else _trainable(parameters)
+    form = next((group.form for group in continuation.groups if group.form), None)
+    if form is not None and inner is not optimizer:
+        raise UnsupportedError(f"{section}: a {type_name(optimizer)} cannot be given another formula: pass the optimizer in it")
+    values: dict[str, Any] = {}
+    for group in continuation.groups:
+        values |= group.hyperparameters
+    settings = {name: value for name, value in values.items() if name != "learning_rate"}
+    settable = not inner.built and form is None
+    row = _row(inner)
+
+    def apply() -> Any:
+        going = inner if form is None else Continued.instead_of(inner, form)
+        if settable and row:
+            for name, value in settings.items():
+                setattr(inner, "weight_decay" if name == "weight_decay" else row.keys[name], value)
+        if not going.built:
+            going.build([variable for _, variable in trained])
+        if "learning_rate" in values:
+            going.learning_rate = float(values["learning_rate"])
+        going._iterations.assign(continuation.step * (going.gradient_accumulation_steps or 1))
+        live = _row(going)
+        for slot, entries in read(going, parameters).slots.items():
+            meaning = _meaning(slot, live)
+            for name, variable in entries.items():
+                if (tensor := continuation.slots.get(meaning, {}).get(name)) is not None:
+                    _fill(variable, tensor)
+        if (product := getattr(going, "_u_product", None)) is not None:
+            _fill(product, next(iter(continuation.slots["momentum_product"].values())))
+        return optimizer if form is None else going
+
+    return Restore(apply=apply)
+
+
+def use(model: Any, optimizer: Any) -> None:
+    """Let a compiled model train with another optimizer; what Keras compiled with the old one is made anew."""
+    model.optimizer = optimizer
+    model.train_function = model.test_function = model.predict_function = None
+
+
+def _fill(variable: Any, stored: StoredTensor) -> None:
+    if tuple(variable.shape) == tuple(stored.shape):  # the place of a factored slot that is not in use has another
+        variable.assign(variables.tensor(stored))
 
 
 def capture_tree(optimizer: Any, parameters: Sequence[tuple[str, Any]] = ()) -> dict[str, Any]:
@@ -373,6 +471,8 @@ def _innermost(optimizer: Any) -> Any:
 def _row(optimizer: Any) -> Row | None:
     """The row of the built-in class whose `update_step` runs; a subclass that replaces it may mean anything."""
     inner = _innermost(optimizer)
+    if isinstance(inner, Continued):
+        return Row(inner.form.family, {meaning: meaning for meaning in optimizers.MEANINGS}, {}, inner.form.conventions)
     if not type(inner).update_step.__module__.startswith("keras."):
         return None
     return next((_ROWS[kind.__name__] for kind in type(inner).__mro__ if kind.__name__ in _ROWS), None)
@@ -383,11 +483,13 @@ def _meaning(slot: str, row: Row | None) -> str:
     return _WRAPPED.get(attribute) or (row.slots.get(attribute, optimizers.CUSTOM) if row else optimizers.CUSTOM)
 
 
-def _conventions(optimizer: Any, row: Row | None, state: State) -> dict[str, str]:
+def _conventions(optimizer: Any, row: Row | None, state: State, trained: Sequence[Any]) -> dict[str, str]:
     if row is None:
         return {}
     accumulates = {"accumulator": "sum"} if any("accumulated_gradients" in slot for slot in state.slots) else {}
     decays = {"weight_decay": "decoupled"} if getattr(optimizer, "weight_decay", None) is not None else {}
+    if not decays and not isinstance(optimizer, Continued) and any(map(_penalty, trained)):
+        decays = {"weight_decay": "coupled"}
     return {**row.conventions, **decays, **accumulates}
 
 

@@ -44,7 +44,7 @@ class NumpyAdapter:
     def recognises(self, value: Any) -> bool:
         return False
 
-    def parts(self, model: Any, optimizer: Any | None) -> Parts:
+    def parts(self, model: Any, optimizer: Any | None, tx: Any = None) -> Parts:
         return Parts(model=model, optimizer=None if optimizer is NO_OPTIMIZER else optimizer)
 
     def capture_model(self, model: Any) -> ModelCapture:

@@ -11,6 +11,7 @@ from torch import nn
 
 from polyckpt.adapter import (
     NO_OPTIMIZER,
+    Continuation,
     ModelCapture,
     OptimizerCapture,
     Parts,
@@ -45,7 +46,7 @@ class TorchAdapter:
     def recognises(self, value: Any) -> bool:
         return False
 
-    def parts(self, model: Any, optimizer: Any | None) -> Parts:
+    def parts(self, model: Any, optimizer: Any | None, tx: Any = None) -> Parts:
         return Parts(model=model, optimizer=None if optimizer is NO_OPTIMIZER else optimizer)
 
     def capture_model(self, model: Any) -> ModelCapture:
@@ -66,6 +67,11 @@ class TorchAdapter:
 
     def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]]) -> Restore:
         return optimizers.prepare(optimizer, stored, parameters, "optimizer")
+
+    def continue_optimizer(
+        self, optimizer: Any, continuation: Continuation, captured: ModelCapture, model: Any
+    ) -> Restore:
+        return optimizers.continue_(optimizer, continuation, captured.parameters, "optimizer")
 
     def capture_object(self, value: Any) -> tuple[str, Any] | None:
         for kind, (cls, capture, _) in _OBJECTS.items():

@@ -5,14 +5,18 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from polyckpt import optimizers, residue, scalars
-from polyckpt.adapter import OptimizerCapture, Restore, StoredOptimizer
-from polyckpt.adapters.torch import tensors
+from polyckpt.adapter import Continuation, OptimizerCapture, Restore, StoredOptimizer
+from polyckpt.adapters.torch import continued, tensors
+from polyckpt.adapters.torch.continued import Continued
+from polyckpt.checkpoint import StoredTensor
+from polyckpt.converted import Made
 from polyckpt.errors import MismatchError, Problem, UnsupportedError
 from polyckpt.leaves import Leaf
 from polyckpt.names import type_name
@@ -135,6 +139,7 @@ def capture(optimizer: torch.optim.Optimizer, parameters: Sequence[tuple[str, An
             else:
                 values.setdefault(names[key], {})[slot] = value
     row = _row(optimizer)
+    hook = continued.of(optimizer)
     return OptimizerCapture(
         type=type_name(optimizer),
         family=row.family if row else optimizers.CUSTOM,
@@ -151,9 +156,84 @@ def capture(optimizer: torch.optim.Optimizer, parameters: Sequence[tuple[str, An
             # Parameters of a loss, or of a second model: nothing else would hold them.
             "parameters": foreign,
             "other": {key: value for key, value in state_dict.items() if key not in ("state", "param_groups")},
+            **({_CONTINUED: {"family": hook.family, "conventions": dict(hook.conventions)}} if hook else {}),
         },
         learning_rate=_learning_rate(optimizer),
+        settable=frozenset(row.keys) if row else frozenset(),
+        choices={"weight_decay": frozenset({"coupled", "decoupled"})} if row and row.decay is None else {},
     )
+
+
+_CONTINUED = "continued"
+
+
+def continue_(
+    optimizer: torch.optim.Optimizer, continuation: Continuation, parameters: Sequence[tuple[str, Any]], section: str
+) -> Restore:
+    """Prepare an optimizer to go on from a checkpoint of another framework: as if it had been saved here."""
+    row = _row(optimizer)
+    if row is None:
+        raise UnsupportedError(f"{section}: a {type_name(optimizer)} has a formula of its own")
+    form = next((group.form for group in continuation.groups if group.form), None)
+    if form is not None:
+        continued.check(optimizer)
+    names = _names(optimizer, parameters)
+    shapes = {name: tuple(parameter.shape) for name, parameter in zip(names, _flat(optimizer), strict=True)}
+    state_dict = optimizer.state_dict()
+    groups = _named_groups(state_dict, names)
+    for group, new in zip(groups, continuation.groups, strict=True):
+        for name, value in new.hyperparameters.items():
+            _put(group, row.keys[name], value)
+        if new.conventions.get("weight_decay"):
+            group["decoupled_weight_decay"] = new.conventions["weight_decay"] == "decoupled"
+    keys = _keys(row)
+    slots: dict[str, dict[str, StoredTensor]] = {}
+    for meaning, entries in continuation.slots.items():
+        # Before the first update there is no buffer, and torch begins one otherwise than from zero.
+        if row.family == "sgd" and not continuation.step:
+            continue
+        for name, tensor in entries.items():
+            shape = _kept(meaning, tensor.shape, shapes[name])
+            slots.setdefault(keys[meaning], {})[name] = Made(name, tensor.dtype, shape, tensor.numpy, tensor)
+    if row.family != "sgd" or (form is not None and continuation.step):
+        held = {name for entries in slots.values() for name in entries}
+        count = continuation.step
+        slots["step"] = {name: Made("step", "float32", (), lambda: np.asarray(count)) for name in held}
+    native = {
+        "groups": groups,
+        "shapes": {name: list(shape) for name, shape in shapes.items()},
+        "values": {},
+        "shared": {},
+        "other": {key: value for key, value in state_dict.items() if key not in ("state", "param_groups")},
+        **({_CONTINUED: {"family": form.family, "conventions": dict(form.conventions)}} if form else {}),
+    }
+    return prepare(optimizer, StoredOptimizer(type=type_name(optimizer), slots=slots, native=native), parameters, section)
+
+
+def _put(group: dict[str, Any], key: str | tuple[str, int], value: Any) -> None:
+    if isinstance(key, str):
+        group[key] = type(group[key])(value) if isinstance(group.get(key), int) and not isinstance(value, float) else value
+    else:
+        name, index = key
+        group[name] = tuple(value if place == index else each for place, each in enumerate(group[name]))
+
+
+def _keys(row: Row) -> dict[str, str]:
+    """Meaning -> the key in the state; what torch does not know goes by its meaning."""
+    return {**{meaning: meaning for meaning in optimizers.MEANINGS}, **{meaning: key for key, meaning in row.slots.items()}}
+
+
+def _kept(meaning: str, shape: tuple[int, ...], whole: tuple[int, ...]) -> tuple[int, ...]:
+    """torch keeps the axis that was averaged away, as one of size one."""
+    axis = {"row_second_moment": -1, "column_second_moment": -2}.get(meaning)
+    return shape if axis is None else tuple(1 if at == len(whole) + axis else size for at, size in enumerate(whole))
+
+
+def _hook(row: Row, told: Mapping[str, Any]) -> Continued:
+    def read(group: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: value for name, key in row.keys.items() if (value := _pick(group, key)) is not None}
+
+    return Continued(told["family"], dict(told["conventions"]), _keys(row), read)
 
 
 def prepare(
@@ -173,6 +253,7 @@ def prepare(
             try:
                 with torch.inference_mode(False):
                     _write(optimizer, stored, native, names, unfit)
+                    _follow(optimizer, native)
             except Exception as error:
                 refusal = f"{section}: {type(optimizer).__name__}.load_state_dict() refused what was stored: {error}"
                 raise MismatchError(refusal) from error
@@ -193,8 +274,12 @@ def _snapshot(optimizer: torch.optim.Optimizer, foreign: AbstractSet[str], names
     written = [value for group in groups for value in group.values() if isinstance(value, torch.Tensor)]
     written += [parameter for name, parameter in zip(names, _flat(optimizer), strict=True) if name in foreign]
     values = [(value, value.detach().clone()) for value in written]
+    hook = continued.of(optimizer)
 
     def back() -> None:
+        continued.remove(optimizer)
+        if hook:
+            hook.install(optimizer)
         optimizer.state, optimizer.param_groups = state, groups
         with torch.no_grad():
             for tensor, value in values:
@@ -229,6 +314,7 @@ class _Native:
     shared: dict[Any, Any]
     parameters: dict[str, Any]
     other: dict[str, Any]
+    continued: dict[str, Any]
 
 
 def _read_native(tree: Mapping[str, Any]) -> _Native:
@@ -240,6 +326,7 @@ def _read_native(tree: Mapping[str, Any]) -> _Native:
         shared=dict(residue.live(tree["shared"])),
         parameters=dict(residue.live(tree.get("parameters", {}))),
         other=dict(residue.live(tree["other"])),
+        continued=dict(tree.get(_CONTINUED) or {}),
     )
 
 
@@ -316,6 +403,13 @@ def _write(
     _keep_tensor_hyperparameters(optimizer, before)
 
 
+def _follow(optimizer: torch.optim.Optimizer, native: _Native) -> None:
+    """Let the optimizer compute what the stored one did: its own formula, or that of another framework."""
+    continued.remove(optimizer)
+    if native.continued and (row := _row(optimizer)):
+        _hook(row, native.continued).install(optimizer)
+
+
 def _undo_casts(optimizer: torch.optim.Optimizer, exact: Mapping[tuple[int, str], torch.Tensor]) -> None:
     """Give slots back the type they had: load_state_dict casts floating ones to the type of the parameter."""
     moved: dict[tuple[int, torch.device], torch.Tensor] = {}
@@ -378,7 +472,12 @@ def _row(optimizer: torch.optim.Optimizer) -> Row | None:
     step: Callable[..., Any] = type(optimizer).step
     if not step.__module__.startswith("torch.optim."):
         return None
-    return next((_ROWS[kind.__name__] for kind in type(optimizer).__mro__ if kind.__name__ in _ROWS), None)
+    row = next((_ROWS[kind.__name__] for kind in type(optimizer).__mro__ if kind.__name__ in _ROWS), None)
+    if row and (hook := continued.of(optimizer)):
+        conventions = {name: choice for name, choice in hook.conventions.items() if name != "weight_decay"}
+        slots = {**row.slots, **{key: meaning for meaning, key in hook.slots.items()}}
+        return replace(row, slots=slots, conventions=conventions, decay=hook.conventions.get("weight_decay", row.decay))
+    return row
 
 
 def _describe_groups(
@@ -389,6 +488,8 @@ def _describe_groups(
         inside = names[position : position + len(group["params"])]
         position += len(inside)
         values = {name: _pick(group, key) for name, key in (row.keys if row else {}).items()}
+        if row and row.family == "adafactor" and values["epsilon"] is None and group["params"]:
+            values["epsilon"] = torch.finfo(group["params"][0].dtype).eps  # what torch takes for None
         hyperparameters: dict[str, Hyperparameter] = {
             name: to_number(value) for name, value in values.items() if value is not None
         }

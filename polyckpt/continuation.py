@@ -1,0 +1,436 @@
+"""Going on with the optimizer of another framework: its slots through the plan of the weights, its step, its hyperparameters.
+
+Nothing is written here: what comes out is prepared by the adapter of the live optimizer, and reported.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+
+from polyckpt import schema, updates
+from polyckpt.adapter import Adapter, Continuation, ContinuedGroup, ModelCapture, OptimizerCapture, Restore
+from polyckpt.checkpoint import Checkpoint, StoredTensor
+from polyckpt.converted import Converted, Made
+from polyckpt.dtypes import widens
+from polyckpt.errors import Problem
+from polyckpt.layouts import Piece
+from polyckpt.moves import Exactness, Move
+from polyckpt.optimizers import CUSTOM, LINEAR, factored
+from polyckpt.plans import Plan
+from polyckpt.translation import Affine, Item, Live, Sample, Translated, translate
+from polyckpt.updates import Form
+
+EXACT = "exact"
+"""What to pass as `continuation` for an optimizer that computes what the one of the checkpoint did."""
+
+_SECTION = "optimizer"
+_TOLERANCE = 1e-5
+"""Of what may differ without a word: about what float32 rounds in a few updates."""
+
+
+@dataclass(frozen=True)
+class GroupReport:
+    """What became of one group of the live optimizer."""
+
+    label: str
+    items: tuple[Item, ...]
+
+    def __str__(self) -> str:
+        return "\n  ".join([f"{self.label}: {'exact' if not self.items else ''}".rstrip(), *map(str, self.items)])
+
+
+@dataclass(frozen=True)
+class Continued:
+    """A prepared continuation; `problems` are what strict loads refuse."""
+
+    restore: Restore
+    reports: tuple[GroupReport, ...]
+    problems: tuple[Problem, ...]
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the caller said about it: accepted by name, tolerated size, whether exact, and whether slots may be rounded."""
+
+    accept: frozenset[str] = frozenset()
+    tolerance: float | None = None
+    exact: bool = False
+    cast: bool = False
+
+
+def prepare(
+    checkpoint: Checkpoint, plan: Plan, adapter: Adapter, optimizer: Any, model: Any, captured: ModelCapture, wishes: Wishes
+) -> Continued:
+    """Everything that a live optimizer needs to go on, compared with what it is."""
+    live = adapter.capture_optimizer(optimizer, captured)
+    source = checkpoint.manifest.optimizer
+    problems = list(_strangers(source, live))
+    if problems or source is None:
+        return Continued(Restore(apply=lambda: optimizer), (), tuple(problems))
+    return _Work(checkpoint, source, plan, adapter, optimizer, model, captured, live, wishes).prepared()
+
+
+def _strangers(source: schema.Optimizer | None, live: OptimizerCapture) -> Iterator[Problem]:
+    """Why the two have nothing to do with each other."""
+    if source is None:
+        yield Problem("missing", _SECTION, "(all of it; pass optimizer=False to load weights only)", live=live.type)
+    elif CUSTOM in (source.family, live.family) or not source.groups or not live.groups:
+        told = [f"{side.type} ({side.family})" for side in (source, live)]
+        hint = "; pass tx= to save() and load() for a bare state of optax, which does not say what it is of"
+        yield Problem("value", _SECTION, "family", stored=told[0], live=f"{told[1]}{hint}")
+    elif source.family != live.family:
+        yield Problem("value", _SECTION, "family", stored=source.family, live=live.family)
+    elif source.family not in updates.KNOWN:
+        yield Problem("value", _SECTION, "family", stored=source.family, live="no formulas for it in this library")
+
+
+class _Work:
+    """One continuation under way."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        source: schema.Optimizer,
+        plan: Plan,
+        adapter: Adapter,
+        optimizer: Any,
+        model: Any,
+        captured: ModelCapture,
+        live: OptimizerCapture,
+        wishes: Wishes,
+    ) -> None:
+        self.checkpoint, self.source, self.plan = checkpoint, source, plan
+        self.adapter, self.optimizer, self.live, self.wishes = adapter, optimizer, live, wishes
+        self.live_model, self.model = model, captured
+        self.made, _ = plan.moves()
+        step = source.step if source.step is not None else checkpoint.manifest.progress.step
+        self.step = step or 0
+        self.stored = _by_meaning(checkpoint, source)
+        self.group_of = {name: index for index, group in enumerate(source.groups) for name in group.parameters}
+        self.problems: list[Problem] = []
+
+    def prepared(self) -> Continued:
+        groups, reports = [], []
+        slots: dict[str, dict[str, StoredTensor]] = {}
+        needs_step = any("step" == slot.meaning for slot in self.source.slots.values())
+        if needs_step and self.source.step is None:
+            live = "one count for all: load what differs apart"
+            self.problems.append(Problem("value", _SECTION, "step", stored="parameters of several steps", live=live))
+        for index, group in enumerate(self._live_groups()):
+            continued, items = self._group(index, group, slots)
+            groups.append(continued)
+            label = f"group {index} of {len(self.live.groups)}" if len(self.live.groups) > 1 else "optimizer"
+            parameters = f"{len(group.parameters)} parameter{'s' * (len(group.parameters) != 1)}"
+            told = f"{label}: {self.source.type} -> {self.live.type}, step {self.step}, {parameters}"
+            reports.append(GroupReport(told, tuple(items)))
+        continuation = Continuation(step=self.step, groups=groups, slots=slots)
+        restore = self.adapter.continue_optimizer(self.optimizer, continuation, self.model, self.live_model)
+        tensors = [tensor for each in slots.values() for tensor in each.values()]
+        restore = replace(restore, tensors=[*restore.tensors, *tensors])
+        return Continued(restore, tuple(reports), tuple(dict.fromkeys([*self.problems, *restore.problems])))
+
+    def _live_groups(self) -> Iterator[schema.ParameterGroup]:
+        """The groups of the live optimizer with the learning rate that a schedule gives them at the step to come."""
+        rates = self.live.rates(self.step) if self.live.rates else ()
+        for index, group in enumerate(self.live.groups):
+            scheduled = {"learning_rate": rates[index]} if rates else {}
+            yield schema.ParameterGroup(
+                parameters=group.parameters, hyperparameters={**group.hyperparameters, **scheduled}
+            )
+
+    def _group(
+        self, index: int, group: schema.ParameterGroup, slots: dict[str, dict[str, StoredTensor]]
+    ) -> tuple[ContinuedGroup, list[Item]]:
+        """How one live group goes on; its slots are put into `slots`."""
+        items: list[Item] = []
+        owners = {name: owner for name in group.parameters if (owner := self._owner(name)) is not None}
+        sources = sorted({self.group_of[owner] for owner in owners.values() if owner in self.group_of})
+        if not sources:
+            return ContinuedGroup(parameters=group.parameters, hyperparameters={}, conventions={}), items
+        translated = {each: self._translated(each, group) for each in sources}
+        first = translated[sources[0]]
+        for each in sources[1:]:
+            self._agree(index, first, translated[each])
+        form = None
+        if self.wishes.exact and any(item.size is not None or item.exactness == Exactness.CONSTANT_RATE for item in first.items):
+            form = self._source_form(sources[0])
+            values = {name: form.value(name) for name in form.hyperparameters}
+            first = Translated(form, {}, [], [each for each in first.differences if each.name == "learning_rate"])
+            told = "as in the checkpoint, set up on request"
+            items.append(Item("continuation", Exactness.EXACT, f"{self.source.family}, {_shown(values)}", told))
+        self._judge(index, first)
+        items += first.items
+        missing = []
+        for name in group.parameters:
+            if not self._slots_of(name, owners.get(name), form or first.form, first.slots, slots):
+                missing.append(name)
+        if missing:
+            self._incomplete(missing, owners, items)
+        held = group.hyperparameters
+        values = {
+            name: value
+            for name, value in first.form.hyperparameters.items()
+            if name in self.live.settable and value is not None and value != held.get(name)
+        }
+        conventions = {
+            name: choice
+            for name, choice in first.form.conventions.items()
+            if choice in self.live.choices.get(name, ()) and choice != self.live.conventions.get(name)
+        }
+        return ContinuedGroup(
+            parameters=group.parameters, hyperparameters=values, conventions=conventions, form=form
+        ), items
+
+    def _translated(self, index: int, group: schema.ParameterGroup) -> Translated:
+        live = Live(
+            Form(self.live.family, self.live.conventions, _numbers(group.hyperparameters)),
+            self.live.settable,
+            self.live.choices,
+            self.live.rates is not None,
+        )
+        return translate(self._source_form(index), live, self.step, self._samples(self.source.groups[index]))
+
+    def _source_form(self, index: int) -> Form:
+        values = _numbers(self.source.groups[index].hyperparameters)
+        return Form(self.source.family, self.source.conventions, values)
+
+    def _agree(self, index: int, first: Translated, other: Translated) -> None:
+        """One live group for several of the checkpoint: what they are set to must be the same."""
+        for name in first.form.hyperparameters.keys() | other.form.hyperparameters.keys():
+            one, two = first.form.value(name), other.form.value(name)
+            if one != two and name not in self.wishes.accept:
+                live = f"one group for all: make a group for each, or pass accept={{{name!r}}} to go on with {one}"
+                problem = Problem("value", _SECTION, f"{name} of group {index}", stored=f"{one} and {two}", live=live)
+                self.problems.append(problem)
+
+    def _judge(self, index: int, translated: Translated) -> None:
+        """What a strict load refuses of it."""
+        tolerance = _TOLERANCE if self.wishes.tolerance is None else self.wishes.tolerance
+        for item in translated.items:
+            if item.size is not None and item.size > tolerance and item.name not in self.wishes.accept:
+                way = f"{item.live}, which differs by {item.size:.1e} of the way that the weights go: "
+                way += f"{item.remedy}, or " if item.remedy else ""
+                live = f"{way}pass accept={{{item.name!r}}}"
+                self.problems.append(Problem("value", _SECTION, f"{item.name} of group {index}", stored=item.stored, live=live))
+        for each in translated.differences:
+            if each.name not in self.wishes.accept:
+                live = f"{each.live}, and it cannot be set: make the optimizer anew with it, or pass accept={{{each.name!r}}}"
+                problem = Problem("value", _SECTION, f"{each.name} of group {index}", stored=str(each.stored), live=live)
+                self.problems.append(problem)
+
+    def _incomplete(self, missing: Sequence[str], owners: Mapping[str, str], items: list[Item]) -> None:
+        """Parameters that do not have all their slots from the checkpoint one by one."""
+        folded = [name for name in missing if name in owners and self._is_folded(name)]
+        others = [name for name in missing if name not in folded]
+        if folded:
+            here = "another number of parameters for the same, which move at another pace"
+            item = Item("folded", Exactness.APPROXIMATE, ", ".join(folded), here, math.inf)
+            items.append(item)
+            if "folded" not in self.wishes.accept:
+                live = f"{here}: pass accept={{'folded'}}"
+                self.problems.append(Problem("value", _SECTION, "folded", stored=item.stored, live=live))
+        if others:
+            items.append(Item("slots", Exactness.DEFAULT, f"none of {', '.join(others)}", "as before the first update"))
+
+    # Slots.
+
+    def _owner(self, name: str) -> str | None:
+        """The weight of the checkpoint that the slots of a live parameter come from."""
+        sources = [piece.tensor for move in self.made.get(name, ()) for piece in move.sources[:1]]
+        return self._stored_as(sources[0]) if sources else None
+
+    def _stored_as(self, tensor: str) -> str:
+        aliases = self.checkpoint.manifest.model.aliases
+        if tensor in self.group_of:
+            return tensor
+        return next((other for other in _tied(aliases, tensor) if other in self.group_of), tensor)
+
+    def _is_folded(self, name: str) -> bool:
+        return any(len(move.sources) != 1 or move.formula for move in self.made[name])
+
+    def _slots_of(
+        self,
+        name: str,
+        owner: str | None,
+        form: Form,
+        changes: Mapping[str, tuple[Affine, ...]],
+        slots: dict[str, dict[str, StoredTensor]],
+    ) -> bool:
+        """Put the slots of a parameter into `slots`; whether all of them came one by one from the checkpoint."""
+        shape, dtype = self.plan.target.tensors[name]
+        whole = owner is not None and not self._is_folded(name)
+        for meaning, (size, first) in self._wanted(name, form, shape, owner).items():
+            tensor = None
+            if meaning == "momentum_product":
+                tensor = self._product(form, owner, dtype)
+            elif owner is not None:
+                tensor = self._converted(meaning, name, size, dtype)
+            if tensor is None:
+                whole = False
+                value = first
+                tensor = Made(name, dtype, size, lambda value=value: np.asarray(value))  # type: ignore[misc]
+            for affine in changes.get(meaning, ()):
+                before = tensor
+                tensor = Made(name, dtype, size, lambda a=affine, b=before: a(b.numpy()), before)  # type: ignore[misc]
+            slots.setdefault(meaning, {})[name] = tensor
+        return whole
+
+    def _wanted(self, name: str, form: Form, shape: tuple[int, ...], owner: str | None) -> dict[str, tuple[tuple[int, ...], float]]:
+        """The slots that a parameter is to have: those that it has, where they are told, else those of its family."""
+        wanted = updates.slots_of(form, shape)
+        own = {
+            factored(self.live.meanings.get(slot, CUSTOM), shape): leaf.shape
+            for slot, entries in self.live.slots.items()
+            if (leaf := entries.get(name)) is not None
+        }
+        if form.family == "adafactor" and own.get("second_moment") == shape and "row_second_moment" not in own:
+            wanted = {"second_moment": (shape, 0.0)}
+        return wanted
+
+    def _product(self, form: Form, owner: str | None, dtype: str) -> StoredTensor:
+        """NAdam's product: the checkpoint's, where the schedule is the same."""
+        held = self.stored.get("momentum_product", {}).get(owner or "")
+        index = self.group_of.get(owner or "", 0)
+        source = self._source_form(index)
+        if held is not None and updates.momentum_of(source, 1) == updates.momentum_of(form, 1):
+            return held
+        return Made("momentum_product", dtype, (), lambda: np.asarray(updates.momentum_product(form, self.step)))
+
+    def _converted(self, meaning: str, name: str, shape: tuple[int, ...], dtype: str) -> StoredTensor | None:
+        """A slot by the moves of its parameter; None where the checkpoint has none."""
+        moves = self.made[name]
+        if meaning in _AVERAGED:
+            return self._averaged(meaning, name, moves, shape, dtype)
+        entries = self.stored.get(meaning, {})
+        linear = meaning in LINEAR
+        taken: list[Move] = []
+        found: dict[str, StoredTensor] = {}
+        for move in moves:
+            pieces = move.sources[:1]
+            for piece in pieces:
+                slot = entries.get(self._stored_as(piece.tensor))
+                if slot is None:
+                    return None
+                found[piece.tensor] = slot
+            taken.append(Move(_signed(move.target, linear), tuple(_signed(piece, linear) for piece in pieces)))
+        self._check_type(meaning, name, found.values(), dtype)
+        return Converted(name, dtype, shape, taken, found)
+
+    def _averaged(
+        self, meaning: str, name: str, moves: Sequence[Move], shape: tuple[int, ...], dtype: str
+    ) -> StoredTensor | None:
+        """A slot that lacks an axis of its parameter: the one of the checkpoint that lacks the same."""
+        if len(moves) != 1 or len(moves[0].sources) != 1 or len(shape) + 1 != len(self.plan.target.tensors[name][0]):
+            return None
+        target, source = moves[0].target, moves[0].sources[0]
+        group = target.axes[_AVERAGED[meaning]]
+        place = next((index for index, each in enumerate(target.order) if each == group), None)
+        if place is None or target.pick or source.pick:
+            return None
+        axis = next((index for index, each in enumerate(source.axes) if each == source.order[place]), None)
+        if axis is None:
+            return None
+        there = next((each for each, at in _AVERAGED.items() if at % len(source.axes) == axis), None)
+        slot = self.stored.get(there or "", {}).get(self._stored_as(source.tensor))
+        if slot is None:
+            return None
+        self._check_type(meaning, name, [slot], dtype)
+        pair = _without(target, group), (_without(source, source.order[place]),)
+        return Converted(name, dtype, shape, [Move(*pair)], {source.tensor: slot})
+
+    def _check_type(self, meaning: str, name: str, sources: Any, dtype: str) -> None:
+        for tensor in sources:
+            if not self.wishes.cast and not widens(tensor.dtype, dtype):
+                live = f"{dtype}; pass cast=True to round"
+                self.problems.append(Problem("dtype", _SECTION, f"{meaning} of {name}", stored=str(tensor), live=live))
+
+    # What tells how exact it is.
+
+    def _samples(self, group: schema.ParameterGroup) -> list[Sample]:
+        """Parts of a few parameters of a group of the checkpoint with their slots."""
+        found: list[Sample] = []
+        left = _SAMPLED
+        for name in group.parameters:
+            if name not in self.checkpoint.weights.stored or left <= 0:
+                continue
+            weight = self.checkpoint.weights.stored[name]
+            box = _box(weight.shape, left)
+            sample = {"w": weight.numpy()[box]}
+            for meaning, entries in self.stored.items():
+                if name in entries:
+                    sample[meaning] = _part(meaning, entries[name].numpy(), weight.shape, box)
+            left -= sample["w"].size
+            found.append(sample)
+        return found
+
+
+_SAMPLED = 1 << 16
+_AVERAGED = {"row_second_moment": -1, "column_second_moment": -2}
+"""Slots that lack an axis of their parameter -> which."""
+
+
+def _by_meaning(checkpoint: Checkpoint, optimizer: schema.Optimizer) -> dict[str, dict[str, StoredTensor]]:
+    """The slots of a checkpoint as meaning -> parameter -> tensor."""
+    found: dict[str, dict[str, StoredTensor]] = {}
+    weights, tensors = checkpoint.weights.stored, checkpoint.optimizer.stored
+    for slot in optimizer.slots.values():
+        for name, key in slot.tensors.items():
+            if name in weights and slot.meaning not in (CUSTOM, "step"):
+                shape = weights[name].shape
+                meaning = factored(slot.meaning, shape)
+                size, stored = math.prod(tensors[key].shape), tensors[key]
+                # What is not used of a factored state is of another size.
+                if meaning not in _AVERAGED and size != math.prod(shape) and meaning != "momentum_product":
+                    continue
+                if meaning in _AVERAGED and (len(shape) < 2 or size * shape[_AVERAGED[meaning]] != math.prod(shape)):
+                    continue
+                found.setdefault(meaning, {})[name] = stored
+    return found
+
+
+def _tied(aliases: Mapping[str, str], tensor: str) -> Iterator[str]:
+    owner = aliases.get(tensor, tensor)
+    yield owner
+    yield from (alias for alias, other in aliases.items() if other == owner)
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        name: schema.from_number(value) if isinstance(value, schema.NonFinite) else value for name, value in values.items()
+    }
+
+
+def _signed(piece: Piece, linear: bool) -> Piece:
+    return piece if linear or piece.sign > 0 else replace(piece, sign=1)
+
+
+def _without(piece: Piece, group: tuple[str, ...]) -> Piece:
+    """The piece of a tensor that lacks the axis `group`."""
+    axes = tuple(each for each in piece.axes if each != group)
+    order = tuple(each for each in piece.order if each != group)
+    return replace(piece, axes=axes, order=order, sign=1)
+
+
+def _box(shape: tuple[int, ...], elements: int) -> tuple[slice, ...]:
+    """The first part of a tensor, of about so many elements."""
+    largest = max(1, round(elements ** (1 / max(len(shape), 1))))
+    return tuple(slice(0, max(largest, 1)) for _ in shape)
+
+
+def _part(meaning: str, slot: np.ndarray, shape: tuple[int, ...], box: tuple[slice, ...]) -> np.ndarray:
+    if meaning == "momentum_product":
+        return slot
+    if meaning in _AVERAGED:
+        axis = _AVERAGED[meaning] % len(shape)
+        left = [index for index in range(len(shape)) if index != axis]
+        return slot.reshape([shape[index] for index in left])[tuple(box[index] for index in left)]
+    return slot.reshape(shape)[box]
+
+
+def _shown(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in sorted(values.items()))
