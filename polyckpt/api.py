@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from polyckpt import conversion, objects, parity, plans, registry, residue, schema, snapshot
 from polyckpt.adapter import NO_OPTIMIZER, Adapter, Parts, Restore, StoredModel, StoredOptimizer
@@ -28,7 +28,8 @@ class Restored:
 
     epoch: completed epochs; step: completed steps; batch: batches consumed of the epoch under way; each None where it was
     not saved. lr: the learning rate at the save, one per parameter group where there are several. model, optimizer,
-    scheduler: the objects given to `load`, restored; new values where theirs are immutable (JAX). extra: every value that
+    scheduler: the objects given to `load`, restored; new values where theirs are immutable (JAX). tx: the transformation that
+    goes with the optimizer state, where one was given: another one with continuation="exact". extra: every value that
     was saved, and the objects that were given. skipped: with strict=False, what did not fit and was left alone.
     checkpoint: the opened checkpoint; None at a manager's fresh start. report: where the checkpoint was converted, item by
     item what became of it, and how the outputs compare.
@@ -41,6 +42,7 @@ class Restored:
     lr: float | tuple[float, ...] | None
     model: Any
     optimizer: Any
+    tx: Any
     scheduler: Any
     extra: dict[str, Any]
     skipped: tuple[Problem, ...]
@@ -62,6 +64,7 @@ def save(
     extra: Mapping[str, Any] | None = None,
     probe: Any = None,
     apply: Callable[..., Any] | None = None,
+    tx: Any = None,
     overwrite: bool = False,
 ) -> Path:
     """Save a training run as the directory `path`, whole or not at all; returns its absolute path.
@@ -73,7 +76,8 @@ def save(
     extra: name -> any further object with state (loss scaler, EMA, generator) or any value of JSON and arrays.
     probe: a small batch (an array, or a tuple of the arguments of the model), stored with what the model makes of it: what
     proves a conversion into another framework right. apply: how a model that is no function is called, as apply(model, batch).
-    overwrite: whether a checkpoint that is there already is replaced; the old one stays until the new one is whole.
+    tx: the optax transformation that a bare optimizer state is of, which says what the state is; a TrainState or nnx.Optimizer
+    has it. overwrite: whether a checkpoint that is there already is replaced; the old one stays until the new one is whole.
 
     The random states of Python, NumPy and the framework are saved too. Training goes on as if nothing had been saved.
 
@@ -98,6 +102,7 @@ def save(
         extra=extra,
         probe=probe,
         apply=apply,
+        tx=tx,
     )
     captured.write(target, overwrite=overwrite)
     return target
@@ -120,6 +125,8 @@ def load(
     tolerance: float | None = None,
     accept: Collection[str] = (),
     apply: Callable[..., Any] | None = None,
+    tx: Any = None,
+    continuation: Literal["stock", "exact"] = "stock",
 ) -> Restored:
     """Restore the checkpoint `path` into live objects, of the framework that wrote it or of another.
 
@@ -152,10 +159,11 @@ def load(
         tolerance=tolerance,
         accept=accept,
         apply=apply,
+        continuation=continuation,
     )
     native = _decode_native(checkpoint)
-    parts = adapter.parts(model, optimizer)
-    convert = functools.partial(_convert, checkpoint, native, adapter, model, optimizer, scheduler, extra or {}, options)
+    parts = adapter.parts(model, optimizer, tx)
+    convert = functools.partial(_convert, checkpoint, native, adapter, model, optimizer, tx, scheduler, extra or {}, options)
     if rules or plan is not None or checkpoint.manifest.producer.adapter != adapter.name:
         return convert()
     restore_rng = (parts.optimizer is not None) if rng is None else rng
@@ -180,8 +188,7 @@ def load(
         verify_all(tensor for restore in prepared.values() for tensor in restore.tensors)
     results = _apply(prepared)
 
-    restored_model, restored_optimizer = parts.join(results["model"], results.get("optimizer"))
-    return _restored(checkpoint, restored_model, restored_optimizer, results, problems)
+    return _restored(checkpoint, parts, results["model"], results.get("optimizer"), results, problems)
 
 
 def plan(
@@ -223,18 +230,22 @@ def _convert(
     adapter: Adapter,
     model: Any,
     optimizer: Any,
+    tx: Any,
     scheduler: Any,
     extra: Mapping[str, Any],
     options: conversion.Options,
 ) -> Restored:
     """Load into a model whose names are other ones. What only the framework that wrote it can use stays out."""
-    refused = {"optimizer": optimizer not in (None, NO_OPTIMIZER), "scheduler": scheduler is not None, "extra": bool(extra)}
+    refused = {"scheduler": scheduler is not None, "extra": bool(extra)}
     if any(refused.values()):
         raise MismatchError(
             f"{checkpoint.path} was saved by the {checkpoint.manifest.producer.adapter} adapter from a model with other names. "
-            f"Weights can be converted; {' and '.join(name for name, given in refused.items() if given)} cannot: leave it out"
+            f"Weights and optimizer can be converted; {' and '.join(name for name, given in refused.items() if given)} cannot: "
+            "leave it out"
         )
-    parts = adapter.parts(model, NO_OPTIMIZER)
+    # One that the model merely carries is left alone where there is nothing for it.
+    carried = optimizer is None and checkpoint.manifest.optimizer is None
+    parts = adapter.parts(model, NO_OPTIMIZER if carried else optimizer, tx)
     with _readable(checkpoint):
         values = {
             f"extra {name}": objects.prepare(None, entry, f"extra {name}")
@@ -244,19 +255,23 @@ def _convert(
         if options.verify:
             verify_all(tensor for restore in values.values() for tensor in restore.tensors)
         results = _apply(values)
-    converted = conversion.prepare(checkpoint, _probe(checkpoint, native), adapter, parts.model, options)
-    restored, report, problems = converted.run()
-    return _restored(checkpoint, parts.join(restored, None)[0], None, results, problems, report)
+    probe = _probe(checkpoint, native)
+    converted = conversion.prepare(checkpoint, probe, adapter, parts.model, options, parts.optimizer)
+    restored, continued, report, problems = converted.run()
+    return _restored(checkpoint, parts, restored, continued, results, problems, report)
 
 
 def _restored(
     checkpoint: Checkpoint,
+    parts: Parts,
     model: Any,
     optimizer: Any,
     results: Mapping[str, Any],
     problems: Sequence[Problem],
     report: Report | None = None,
 ) -> Restored:
+    tx = parts.tx(optimizer) if optimizer is not None else None
+    model, optimizer = parts.join(model, optimizer)
     metrics, rate = checkpoint.manifest.metrics, checkpoint.manifest.learning_rate
     return Restored(
         epoch=checkpoint.manifest.progress.epoch,
@@ -266,6 +281,7 @@ def _restored(
         lr=tuple(map(schema.from_number, rate)) if isinstance(rate, tuple) else optional_number(rate),
         model=model,
         optimizer=optimizer,
+        tx=tx,
         scheduler=results.get("scheduler"),
         extra={name.removeprefix("extra "): value for name, value in results.items() if name.startswith("extra ")},
         skipped=tuple(problems),

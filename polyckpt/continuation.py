@@ -25,8 +25,11 @@ from polyckpt.plans import Plan
 from polyckpt.translation import Affine, Item, Live, Sample, Translated, translate
 from polyckpt.updates import Form
 
-EXACT = "exact"
-"""What to pass as `continuation` for an optimizer that computes what the one of the checkpoint did."""
+STOCK, EXACT = "stock", "exact"
+"""What to pass as `continuation`: the optimizer follows its own formula, or that of the one in the checkpoint."""
+
+ASPECTS = frozenset({"rate", "folded", "factored", "slots"})
+"""What else than a hyperparameter can be accepted by name."""
 
 _SECTION = "optimizer"
 _TOLERANCE = 1e-5

@@ -6,6 +6,7 @@ else, what it held before is put back.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -14,14 +15,16 @@ from typing import Any
 
 import numpy as np
 
-from polyckpt import formulas, parity, plans
+from polyckpt import continuation, formulas, parity, plans
 from polyckpt.adapter import Adapter, ModelCapture, Restore, StoredModel
 from polyckpt.checkpoint import Checkpoint, StoredTensor, verify_all
+from polyckpt.continuation import Continued, GroupReport, Wishes
 from polyckpt.converted import Converted, Held
 from polyckpt.dtypes import widens
 from polyckpt.errors import AmbiguityError, MismatchError, ParityError, PlanError, Problem, UnsupportedError
 from polyckpt.matching import AGREED, PROOFS, compatible
 from polyckpt.moves import FOLDED_BIAS, Loss
+from polyckpt.optimizers import HYPERPARAMETERS
 from polyckpt.parity import Comparison, Probe, Recording
 from polyckpt.plans import Plan, Row
 from polyckpt.sides import Flatten, Side
@@ -32,17 +35,21 @@ _MAX_RUNS = 200
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did: its rows, what differs between the models, and how their outputs compare (None: not seen)."""
+    """What a conversion did: its rows, what differs between the models, how their outputs compare (None: not seen), and what
+    became of each group of the optimizer.
+    """
 
     summary: str
     rows: Sequence[Row]
     notes: Sequence[str]
     parity: Comparison | None
+    optimizer: Sequence[GroupReport] = ()
 
     def __str__(self) -> str:
         lines = plans.table([(row.target, row.source, row.how, str(row.exactness)) for row in self.rows])
         proof = f"parity: {self.parity or 'not compared, the checkpoint holds no probe that could be run'}"
-        return "\n".join([self.summary, *lines, *(f"differs: {note}" for note in self.notes), proof])
+        notes = [f"differs: {note}" for note in self.notes]
+        return "\n".join([self.summary, *lines, *notes, proof, *map(str, self.optimizer)])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,10 +65,13 @@ class Options:
     tolerance: float | None = None
     accept: Collection[str] = ()
     apply: Callable[..., Any] | None = None
+    continuation: str = continuation.STOCK
 
     def __post_init__(self) -> None:
         """Raises PlanError for what nobody can accept, a misspelt name above all."""
-        known = {AGREED, FOLDED_BIAS}
+        if self.continuation not in (continuation.STOCK, continuation.EXACT):
+            raise PlanError(f"continuation={self.continuation!r}: pass {continuation.STOCK!r} or {continuation.EXACT!r}")
+        known = {AGREED, FOLDED_BIAS, *HYPERPARAMETERS, *continuation.ASPECTS}
         if isinstance(self.accept, str) or not set(self.accept) <= known:
             raise PlanError(f"accept={self.accept!r}: pass a set of names out of {', '.join(map(repr, sorted(known)))}")
 
@@ -93,10 +103,14 @@ class Conversion:
     probe: Probe | None
     arguments: tuple[Any, ...]
     plan: Plan
+    optimizer: Any = None
 
-    def run(self) -> tuple[Any, Report, tuple[Problem, ...]]:
-        """The restored model, the report, and what was left alone. Raises MismatchError and its kinds; then nothing changed."""
-        problems = self._problems()
+    def run(self) -> tuple[Any, Any, Report, tuple[Problem, ...]]:
+        """The restored model and optimizer, the report, and what was left alone.
+
+        Raises MismatchError and its kinds; then nothing changed.
+        """
+        problems = (*self._problems(), *self._continued().problems)
         if problems and self.options.strict:
             raise MismatchError(
                 f"{self.checkpoint.path} does not fit the model ({len(problems)} entries; nothing was loaded). Pass rules= "
@@ -115,9 +129,44 @@ class Conversion:
                 "cannot be told, and is not guessed (nothing was loaded): save the checkpoint with probe=<a small batch>:"
                 f"\n  {', '.join(bias.tensor for bias in folded.values())}"
             )
-        if self.probe is None:
-            return self._applied(self.plan), self._report(None), problems
-        return (*self._proven(), problems)
+        with self._unchanged_if_it_fails():
+            model, comparison = (self._applied(self.plan), None) if self.probe is None else self._proven()
+            continued = self._continued()
+            if continued.problems and self.options.strict:
+                raise MismatchError(
+                    f"{self.checkpoint.path} does not fit the optimizer (nothing was loaded):", continued.problems
+                )
+            if self.options.verify:
+                verify_all(continued.restore.tensors)
+            optimizer = _applied_or_undone(continued.restore)
+        return model, optimizer, self._report(comparison, continued), problems
+
+    def _continued(self) -> Continued:
+        """The continuation of the optimizer by the plan as it is."""
+        if self.optimizer is None:
+            return Continued(Restore(apply=lambda: None), (), ())
+        wishes = Wishes(
+            frozenset(self.options.accept),
+            self.options.tolerance,
+            exact=self.options.continuation == continuation.EXACT,
+            cast=self.options.cast,
+        )
+        return continuation.prepare(
+            self.checkpoint, self.plan, self.adapter, self.optimizer, self.model, self.captured, wishes
+        )
+
+    @contextlib.contextmanager
+    def _unchanged_if_it_fails(self) -> Iterator[None]:
+        """What the model holds is put back where what is done in this block fails."""
+        if self.probe is None and self.optimizer is None:
+            yield
+            return
+        before = self._as_stored({name: Held(name, leaf) for name, leaf in self.captured.weights.items()})
+        try:
+            yield
+        except BaseException:
+            self.adapter.prepare_model(self.model, before, rng=False).apply()
+            raise
 
     def _problems(self) -> tuple[Problem, ...]:
         """What has no counterpart, would be lost, or would be rounded."""
@@ -200,18 +249,13 @@ class Conversion:
             verify_all(prepared.tensors)
         return prepared.apply()
 
-    def _proven(self) -> tuple[Any, Report]:
+    def _proven(self) -> tuple[Any, Comparison]:
         """Load, run the probe and compare; where evidence did not settle the plan, what agrees does."""
-        before = self._as_stored({name: Held(name, leaf) for name, leaf in self.captured.weights.items()})
-        try:
-            plan, trial = self._searched()
-            exchanged = self._check_seen(plan, trial)
-            model = self._applied(plan) if exchanged else trial.model
-        except BaseException:
-            self.adapter.prepare_model(self.model, before, rng=False).apply()
-            raise
+        plan, trial = self._searched()
+        exchanged = self._check_seen(plan, trial)
+        model = self._applied(plan) if exchanged else trial.model
         self.plan = plans.proven(plan, "parity")
-        return model, self._report(trial.comparison)
+        return model, trial.comparison
 
     def _searched(self) -> tuple[Plan, _Trial]:
         """A plan whose outputs agree: at each step the first change that moves the first divergence further back."""
@@ -256,9 +300,9 @@ class Conversion:
         )
         return _Trial(model, comparison, tuple(ran.path for ran in found.layers))
 
-    def _report(self, comparison: Comparison | None) -> Report:
+    def _report(self, comparison: Comparison | None, continued: Continued) -> Report:
         rows = self.plan.rows()
-        return Report(self.plan.summary(rows), rows, self.plan.notes, comparison)
+        return Report(self.plan.summary(rows), rows, self.plan.notes, comparison, continued.reports)
 
     def _diverged(self, plan: Plan, comparison: Comparison, runs: int) -> str:
         lines = [
@@ -281,6 +325,16 @@ class Conversion:
         return "\n  ".join(lines)
 
 
+def _applied_or_undone(restore: Restore) -> Any:
+    try:
+        return restore.apply()
+    except BaseException:
+        if restore.undo:
+            with contextlib.suppress(Exception):
+                restore.undo()
+        raise
+
+
 _HOW_TO_SETTLE = (
     "Any of these settles it: save the checkpoint with probe=<a small batch>, and the outputs of both models decide (a linen "
     "or Haiku tree needs apply= too); pass rules={'path in the checkpoint': 'path in the model'}, where {name} stands for any "
@@ -289,8 +343,12 @@ _HOW_TO_SETTLE = (
 )
 
 
-def prepare(checkpoint: Checkpoint, probe: Probe | None, adapter: Adapter, model: Any, options: Options) -> Conversion:
+def prepare(
+    checkpoint: Checkpoint, probe: Probe | None, adapter: Adapter, model: Any, options: Options, optimizer: Any = None
+) -> Conversion:
     """Look at both sides and make the plan. The probe is left out where the model cannot be run.
+
+    optimizer: the live one that is to go on, None to leave it out.
 
     Raises PlanError, UnsupportedError.
     """
@@ -314,7 +372,7 @@ def prepare(checkpoint: Checkpoint, probe: Probe | None, adapter: Adapter, model
             hint = _axes_hint(source, target, arguments, options)
             raise UnsupportedError(f"{error}. {hint}" if hint else str(error)) from error
     plan = plans.make(source, target, rules=options.rules, pairs=options.pairs, accept=options.accept)
-    return Conversion(checkpoint, adapter, model, options, captured, aliases, probe, arguments, plan)
+    return Conversion(checkpoint, adapter, model, options, captured, aliases, probe, arguments, plan, optimizer)
 
 
 def _seen(side: Side, recording: Recording) -> Side:

@@ -69,10 +69,11 @@ def capture(
     extra: Mapping[str, Any] | None = None,
     probe: Any = None,
     apply: Callable[..., Any] | None = None,
+    tx: Any = None,
 ) -> Snapshot:
     """Capture a run; the arguments are those of polyckpt.save. Raises UnsupportedError, naming what cannot be stored."""
     adapter = registry.adapter_for(model, "model")
-    parts = adapter.parts(model, optimizer)
+    parts = adapter.parts(model, optimizer, tx)
     captured = adapter.capture_model(parts.model)
     sections = Sections()
     aliases = sections.add_weights(captured.weights)

@@ -354,7 +354,7 @@ def _special(step: Step, conventions: dict[str, str], values: dict[str, Any]) ->
 
 def _factor(step: Step) -> float:
     """What the next update is multiplied by."""
-    return number(_factor_at(step, step.at.updates(step.state) if hasattr(step.state, "count") else None))
+    return number(_factor_at(step, None if step.name == "scale" else step.at.updates(step.state)))
 
 
 def _factor_at(step: Step, count: Any) -> Any:
