@@ -16,11 +16,11 @@ from polyckpt import schema, updates
 from polyckpt.adapter import Adapter, Continuation, ContinuedGroup, ModelCapture, OptimizerCapture, Restore
 from polyckpt.checkpoint import Checkpoint, StoredTensor
 from polyckpt.converted import Converted, Made
-from polyckpt.dtypes import widens
+from polyckpt.dtypes import lookup, widens
 from polyckpt.errors import Problem
 from polyckpt.layouts import Piece
 from polyckpt.moves import Exactness, Move
-from polyckpt.optimizers import CUSTOM, LINEAR, factored
+from polyckpt.optimizers import CUSTOM, LINEAR, STRUCTURAL, UNUSED, factored
 from polyckpt.plans import Plan
 from polyckpt.translation import Affine, Item, Live, Sample, Translated, translate
 from polyckpt.updates import Form
@@ -28,7 +28,7 @@ from polyckpt.updates import Form
 STOCK, EXACT = "stock", "exact"
 """What to pass as `continuation`: the optimizer follows its own formula, or that of the one in the checkpoint."""
 
-ASPECTS = frozenset({"rate", "folded", "factored", "slots"})
+ASPECTS = frozenset({"rate", "max_second_moment", "folded", "factored", "slots"})
 """What else than a hyperparameter can be accepted by name."""
 
 _SECTION = "optimizer"
@@ -177,8 +177,8 @@ class _Work:
         held = group.hyperparameters
         values = {
             name: value
-            for name, value in first.form.hyperparameters.items()
-            if name in self.live.settable and value is not None and value != held.get(name)
+            for name in sorted(self.live.settable - STRUCTURAL)
+            if (value := first.form.value(name)) is not None and value != held.get(name, UNUSED.get(name))
         }
         conventions = {
             name: choice
@@ -267,12 +267,12 @@ class _Work:
         """Put the slots of a parameter into `slots`; whether all of them came one by one from the checkpoint."""
         shape, dtype = self.plan.target.tensors[name]
         whole = owner is not None and not self._is_folded(name)
-        for meaning, (size, first) in self._wanted(name, form, shape, owner).items():
+        for meaning, (size, first) in updates.slots_of(form, shape).items():
             tensor = None
             if meaning == "momentum_product":
                 tensor = self._product(form, owner, dtype)
             elif owner is not None:
-                tensor = self._converted(meaning, name, size, dtype)
+                tensor = self._converted(meaning, name, size, dtype) or self._derived(meaning, name, size, dtype)
             if tensor is None:
                 whole = False
                 value = first
@@ -282,18 +282,6 @@ class _Work:
                 tensor = Made(name, dtype, size, lambda a=affine, b=before: a(b.numpy()), before)  # type: ignore[misc]
             slots.setdefault(meaning, {})[name] = tensor
         return whole
-
-    def _wanted(self, name: str, form: Form, shape: tuple[int, ...], owner: str | None) -> dict[str, tuple[tuple[int, ...], float]]:
-        """The slots that a parameter is to have: those that it has, where they are told, else those of its family."""
-        wanted = updates.slots_of(form, shape)
-        own = {
-            factored(self.live.meanings.get(slot, CUSTOM), shape): leaf.shape
-            for slot, entries in self.live.slots.items()
-            if (leaf := entries.get(name)) is not None
-        }
-        if form.family == "adafactor" and own.get("second_moment") == shape and "row_second_moment" not in own:
-            wanted = {"second_moment": (shape, 0.0)}
-        return wanted
 
     def _product(self, form: Form, owner: str | None, dtype: str) -> StoredTensor:
         """NAdam's product: the checkpoint's, where the schedule is the same."""
@@ -323,6 +311,21 @@ class _Work:
             taken.append(Move(_signed(move.target, linear), tuple(_signed(piece, linear) for piece in pieces)))
         self._check_type(meaning, name, found.values(), dtype)
         return Converted(name, dtype, shape, taken, found)
+
+    def _derived(self, meaning: str, name: str, shape: tuple[int, ...], dtype: str) -> StoredTensor | None:
+        """A slot that the checkpoint has factored otherwise."""
+        whole = self.plan.target.tensors[name][0]
+        shapes = {"second_moment": whole, "row_second_moment": whole[:-1], "column_second_moment": (*whole[:-2], *whole[-1:])}
+        sources = {each: self._converted(each, name, shapes[each], dtype) for each in updates.DERIVED.get(meaning, ())}
+        if not sources or not len(whole) > 1 or None in sources.values():
+            return None
+        held = {each: tensor for each, tensor in sources.items() if tensor is not None}
+
+        def compute() -> np.ndarray:
+            wide = {each: tensor.numpy().astype(np.float64) for each, tensor in held.items()}
+            return np.asarray(updates.slot_from(meaning, wide, np), lookup(dtype, name).numpy)
+
+        return Made(name, dtype, shape, compute, *held.values())
 
     def _averaged(
         self, meaning: str, name: str, moves: Sequence[Move], shape: tuple[int, ...], dtype: str

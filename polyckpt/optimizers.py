@@ -87,6 +87,7 @@ HYPERPARAMETERS: dict[str, str] = {
     "momentum_decay": "decay of the momentum schedule (NAdam)",
     "initial_accumulator": "first value of the squared sum",
     "clip_threshold": "bound of the root mean square of an update (Adafactor)",
+    "factored_from": "length of the longest axis but one from which the second moment is factored (Adafactor), none for any",
     "maximize": "whether the objective is maximised, so that slots hold moments of -g",
 }
 """Neutral names of hyperparameters. A producer's further ones stay in its native residue."""

@@ -86,7 +86,8 @@ class Live:
 class Change:
     """One aspect made the target's: the form after it, and what becomes of slots.
 
-    stored, live, remedy: as in Item. rate: whether it takes a constant learning rate.
+    stored, live, remedy: as in Item. rate: whether it takes a constant learning rate. quiet: whether it is worth no word where
+    nothing differs.
     """
 
     name: str
@@ -96,6 +97,7 @@ class Change:
     slots: Mapping[str, Affine] = field(default_factory=dict)
     remedy: str = ""
     rate: bool = False
+    quiet: bool = False
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,8 @@ def translate(source: Form, live: Live, step: int, samples: Sequence[Sample]) ->
         if change is None:
             continue
         size = deviation(form, change.form, change.slots, step, samples)
-        items.append(_item(change, size, live))
+        if size > _EXACT or not change.quiet:
+            items.append(_item(change, size, live))
         samples = [_changed(sample, change, step) for sample in samples]
         for meaning, affine in change.slots.items():
             slots[meaning] = (*slots.get(meaning, ()), affine)
@@ -125,7 +128,7 @@ def translate(source: Form, live: Live, step: int, samples: Sequence[Sample]) ->
     values = dict(form.hyperparameters)
     for name in sorted((values.keys() | live.form.hyperparameters.keys()) - _PAST):
         value, held = form.value(name), live.form.value(name)
-        if value is None or _same(value, held) or (name in live.settable and name not in STRUCTURAL):
+        if value is None or value == held or _same(value, held) or (name in live.settable and name not in STRUCTURAL):
             continue
         differences.append(Difference(name, value, "none" if held is None else held))
     return Translated(form, slots, items, differences)
@@ -317,19 +320,28 @@ def _decay_of(form: Form) -> float:
     return _CONSTANT if form.choice("momentum_schedule") == "constant" else float(form.value("momentum_decay"))
 
 
-_ASPECTS = (_dampening, _rate_decay, _rate, _schedule, _epsilon, _weight_decay, _momentum, _maximum)
+def _factored(form: Form, live: Live, step: int) -> Change | None:
+    here, there = (each.value("factored_from") or 0 for each in (form, live.form))
+    if form.family != "adafactor" or here == there:
+        return None
+    told = [f"from axes of {each:g} on" for each in (here, there)]
+    return Change("factored", _with(form, factored_from=there), *told, remedy=_ON_REQUEST, quiet=True)
+
+
+_ASPECTS = (_factored, _dampening, _rate_decay, _rate, _schedule, _epsilon, _weight_decay, _momentum, _maximum)
 
 
 # By how much two forms differ.
 
 _STEPS = 10
-_MARGIN = 2.0
+_MARGIN = 3.0
 
 
 def deviation(one: Form, other: Form, slots: Mapping[str, Affine], step: int, samples: Sequence[Sample]) -> float:
     """By how much the ways of a parameter differ under two forms that go on from the same slots, relative to its way.
 
-    Followed over a few updates with random gradients of the size that the slots tell, and doubled. Zero without samples.
+    Followed over a few updates with random gradients of the size that the slots tell, times a margin, since the true ones are
+    others. Zero without samples.
     """
     random = np.random.default_rng(0)
     states = []
@@ -364,9 +376,10 @@ def _begun(form: Form, sample: Sample, step: int) -> dict[str, np.ndarray]:
     """The slots of a sample that `form` has, with what a formula gives."""
     begun = {}
     for meaning, (shape, first) in updates.slots_of(form, sample["w"].shape).items():
-        begun[meaning] = sample.get(meaning, np.full(shape, first))
-    if "row_second_moment" in begun and "second_moment" in sample and "row_second_moment" not in sample:
-        return {"second_moment": sample["second_moment"]}  # not factored
+        if meaning not in sample and meaning in updates.DERIVED and updates.DERIVED[meaning] <= sample.keys():
+            begun[meaning] = updates.slot_from(meaning, sample, np)
+        else:
+            begun[meaning] = sample.get(meaning, np.full(shape, first))
     if "momentum_product" in begun:
         begun["momentum_product"] = np.asarray(updates.momentum_product(form, step))
     return begun
@@ -395,6 +408,7 @@ def _size(form: Form, sample: Sample, step: int) -> np.ndarray:
     elif "momentum" in sample:
         power = MOMENTA[form.choice("momentum", "unscaled")][1]
         size = np.abs(sample["momentum"]) / ((form.value("learning_rate") or 1.0) if power else 1.0)
+        size = size * (1 - form.value("momentum"))  # what a constant gradient adds up to
     else:
         return np.ones(sample["w"].shape)
     return np.broadcast_to(size, sample["w"].shape) if size.any() else np.full(sample["w"].shape, 1e-2)

@@ -61,6 +61,7 @@ MOMENTA = {
 
 def slots_of(form: Form, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], float]]:
     """The slots of a parameter of `shape`: meaning -> shape and first value."""
+    factored = len(shape) > 1 and sorted(shape)[-2] >= (form.value("factored_from") or 0)
     meanings = {
         "sgd": ["momentum"] if form.value("momentum") else [],
         "adam": ["first_moment", "second_moment", *(["max_second_moment"] if form.value("amsgrad") else [])],
@@ -76,7 +77,7 @@ def slots_of(form: Form, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, .
         "adadelta": ["second_moment", "squared_update"],
         "lion": ["first_moment"],
         "lamb": ["first_moment", "second_moment"],
-        "adafactor": ["row_second_moment", "column_second_moment"] if len(shape) > 1 else ["second_moment"],
+        "adafactor": ["row_second_moment", "column_second_moment"] if factored else ["second_moment"],
     }[form.family]
     first = {"squared_sum": form.value("initial_accumulator") or 0.0, "momentum_product": 1.0}
     shapes = {
@@ -85,6 +86,22 @@ def slots_of(form: Form, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, .
         "column_second_moment": (*shape[:-2], *shape[-1:]),
     }
     return {meaning: (shapes.get(meaning, shape), first.get(meaning, 0.0)) for meaning in meanings}
+
+
+DERIVED = {
+    "second_moment": frozenset({"row_second_moment", "column_second_moment"}),
+    "row_second_moment": frozenset({"second_moment"}),
+    "column_second_moment": frozenset({"second_moment"}),
+}
+"""Slots that `slot_from` makes -> of which."""
+
+
+def slot_from(meaning: str, held: Mapping[str, Any], xp: Math) -> Any:
+    """A slot of Adafactor that was factored otherwise: from the whole second moment, or from its rows and columns."""
+    if meaning == "second_moment":
+        rows, columns = held["row_second_moment"], held["column_second_moment"]
+        return (rows / xp.maximum(_mean(xp, rows, -1, keepdims=True), 1e-300))[..., None] * columns[..., None, :]
+    return _mean(xp, held["second_moment"], {"row_second_moment": -1, "column_second_moment": -2}[meaning])
 
 
 Slots = dict[str, Array]

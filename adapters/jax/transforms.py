@@ -350,6 +350,7 @@ def _special(step: Step, conventions: dict[str, str], values: dict[str, Any]) ->
         conventions["momentum_schedule"] = "constant"
     if step.name == "scale_by_factored_rms":
         values["beta2_decay"] = -step.values["decay_rate"]
+        values["factored_from"] = step.values["min_dim_size_to_factor"] if step.values["factored"] else np.inf
 
 
 def _factor(step: Step) -> float:

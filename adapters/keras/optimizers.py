@@ -6,9 +6,8 @@ names. Wrappers (loss scaling, several optimizers in one) are walked, and what t
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import keras
@@ -31,12 +30,16 @@ _WRAPPED = {"model_variables_moving_average": "parameter_average", "accumulated_
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """An optimizer class: family, slots as attribute -> meaning, hyperparameters as neutral name -> attribute."""
+    """An optimizer class: family, slots as attribute -> meaning, hyperparameters as neutral name -> attribute.
+
+    fixed: hyperparameters that Keras does not let one choose.
+    """
 
     family: str
     slots: Mapping[str, str]
     keys: Mapping[str, str] = field(default_factory=dict)
     conventions: Mapping[str, str] = field(default_factory=dict)
+    fixed: Mapping[str, Any] = field(default_factory=dict)
 
 
 _ADAM_ROW = Row(
@@ -53,7 +56,13 @@ _ROWS: dict[str, Row] = {
     "Adam": _ADAM_ROW,
     "AdamW": _ADAM_ROW,
     "Adamax": Row("adamax", {"m": "first_moment", "u": "infinity_norm"}, _ADAM_KEYS, {"epsilon": "outside_sqrt"}),
-    "Nadam": Row("nadam", _ADAM, _ADAM_KEYS, {"epsilon": "outside_sqrt", "momentum_schedule": "decaying"}),
+    "Nadam": Row(
+        "nadam",
+        _ADAM,
+        _ADAM_KEYS,
+        {"epsilon": "outside_sqrt", "momentum_schedule": "decaying"},
+        {"momentum_decay": 1.0},
+    ),
     "RMSprop": Row(
         "rmsprop",
         {"velocities": "second_moment", "momentums": "momentum", "average_gradients": "first_moment"},
@@ -110,7 +119,7 @@ def capture(optimizer: Any, parameters: Sequence[tuple[str, Any]]) -> OptimizerC
         if optimizer.main is None:
             return OptimizerCapture(type=_NONE, family=optimizers.CUSTOM, slots={}, native={_OWNED: trees})
         captured = capture(optimizer.main, parameters)
-        return dataclasses.replace(captured, native={**captured.native, _OWNED: trees})
+        return replace(captured, native={**captured.native, _OWNED: trees})
     state = read(optimizer, parameters)
     row = _row(optimizer)
     slots: dict[str, dict[str, Leaf]] = {
@@ -151,7 +160,7 @@ def _groups(optimizer: Any, row: Row | None, trained: Sequence[tuple[str, Any]])
     if isinstance(inner, Continued):
         values |= inner.form.hyperparameters | values
     elif row:
-        values |= {name: getattr(inner, attribute, None) for name, attribute in row.keys.items()}
+        values |= {name: getattr(inner, attribute, None) for name, attribute in row.keys.items()} | dict(row.fixed)
     plain: dict[str, Hyperparameter] = {
         name: to_number(value) for name, value in values.items() if isinstance(value, bool | int | float)
     }
@@ -297,6 +306,8 @@ def continue_(optimizer: Any, continuation: Continuation, model: ModelCapture, s
     inner, parameters = _innermost(optimizer), model.parameters
     trained = _trained(inner, parameters) if inner.built else _trainable(parameters)
     form = next((group.form for group in continuation.groups if group.form), None)
+    if form is not None and form.choice("weight_decay") == "coupled" and any(_penalty(variable) for _, variable in trained):
+        form = replace(form, hyperparameters={**form.hyperparameters, "weight_decay": 0.0})  # the regularizers' part
     if form is not None and inner is not optimizer:
         raise UnsupportedError(f"{section}: a {type_name(optimizer)} cannot be given another formula: pass the optimizer in it")
     values: dict[str, Any] = {}

@@ -65,11 +65,12 @@ class Continued:
         )
 
     def _before(self, optimizer: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        closure = args[0] if args else kwargs.get("closure")
+        # torch hands over what `step` was called with, the optimizer first.
+        closure = args[1] if len(args) > 1 else kwargs.get("closure")
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-            args, kwargs = (), {**kwargs, "closure": lambda: loss}
+            args, kwargs = args[:1], {"closure": lambda: loss}
         with torch.no_grad():
             for group in optimizer.param_groups:
                 form = Form(self.family, self.conventions, self.read(group))

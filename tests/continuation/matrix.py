@@ -1,0 +1,287 @@
+"""Every family from every framework to every other: trained here, converted through the disk, trained on there.
+
+Run as: python -m tests.continuation.matrix float64 jax  (the type, and the backend of Keras); prints JSON.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+import sys
+import tempfile
+import warnings
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+
+HERE, THERE = 7, 7
+"""Updates before and after the switch."""
+
+FRAMEWORKS = ("torch", "keras", "optax")
+SIZES = (6, 8, 3)
+SCALES = (1.0, 1e-3)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What came of a switch. verdict: of the report, the worst. predicted: the size that it tells.
+
+    weights: the largest difference from the run that stayed, relative to the largest weight; way: relative to the way that the
+    weights went since the switch. steady: whether the verdict holds for this rate: what is exact while the rate stays says nothing
+    of one that changes.
+    """
+
+    case: str
+    pair: str
+    scale: float
+    rate: str
+    continuation: str
+    verdict: str
+    items: tuple[str, ...]
+    predicted: float
+    weights: float
+    way: float
+    steady: bool = True
+    refused: str = ""
+
+
+def rates(base: float, changing: bool) -> np.ndarray:
+    """The learning rate of each update: halved before the switch and at it, and a tenth after it."""
+    table = np.full(HERE + THERE + 1, base)
+    if changing:
+        table[3:] *= 0.5
+        table[HERE:] *= 0.5
+        table[HERE + 3 :] *= 0.1
+    return table
+
+
+def start(seed: int, dtype: str) -> list[np.ndarray]:
+    """The weights of two dense layers: kernel (in, out) and bias of each."""
+    random = np.random.default_rng(seed)
+    shapes = [(SIZES[0], SIZES[1]), (SIZES[1],), (SIZES[1], SIZES[2]), (SIZES[2],)]
+    return [(0.5 * random.standard_normal(shape)).astype(dtype) for shape in shapes]
+
+
+def batches(dtype: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    random = np.random.default_rng(5)
+    shapes = (16, SIZES[0]), (16, SIZES[2])
+    return [tuple(random.standard_normal(shape).astype(dtype) for shape in shapes) for _ in range(HERE + THERE)]  # type: ignore[misc]
+
+
+class TorchRun:
+    """The network in torch."""
+
+    def __init__(self, case: Any, weights: list[np.ndarray], table: np.ndarray, scale: float) -> None:
+        import torch
+
+        self.table, self.scale, self.t = table, scale, 0
+        self.model = torch.nn.Sequential(
+            torch.nn.Linear(*SIZES[:2]), torch.nn.ReLU(), torch.nn.Linear(*SIZES[1:])
+        )
+        with torch.no_grad():
+            for parameter, value in zip(self.model.parameters(), weights, strict=True):
+                parameter.copy_(torch.tensor(value.T))
+        self.share = 1 - case.dampening
+        self.optimizer = case.torch(self.model.parameters(), float(table[0]))
+        self.tx = None
+
+    def at(self, step: int) -> None:
+        self.t = step
+        for group in self.optimizer.param_groups:
+            group["lr"] = float(self.table[step] * (self.share if not group.get("dampening") else 1))
+
+    def train(self, step: int, x: np.ndarray, y: np.ndarray) -> None:
+        import torch
+
+        self.optimizer.zero_grad()
+        (self.scale * ((self.model(torch.tensor(x)) - torch.tensor(y)) ** 2).mean()).backward()
+        self.optimizer.step()
+
+    def weights(self) -> list[np.ndarray]:
+        return [parameter.detach().numpy().T.copy() for parameter in self.model.parameters()]
+
+    def load(self, path: str, **options: Any) -> Any:
+        import polyckpt
+
+        return polyckpt.load(path, self.model, self.optimizer, **options)
+
+
+class KerasRun:
+    """The network in Keras, on whatever backend."""
+
+    def __init__(self, case: Any, weights: list[np.ndarray], table: np.ndarray, scale: float) -> None:
+        import keras
+
+        self.table, self.scale = table, scale
+        l2 = {"kernel_regularizer": keras.regularizers.L2(case.l2 / 2), "bias_regularizer": keras.regularizers.L2(case.l2 / 2)}
+        settings = l2 if case.l2 else {}
+        self.l2, self.share = case.l2, 1 - case.dampening
+        self.model = keras.Sequential(
+            [
+                keras.Input((SIZES[0],)),
+                keras.layers.Dense(SIZES[1], activation="relu", **settings),
+                keras.layers.Dense(SIZES[2], **settings),
+            ]
+        )
+        self.model.set_weights(weights)
+        self.optimizer = case.keras(float(table[0]) * self.share)
+        self.tx = None
+
+    def at(self, step: int) -> None:
+        self.optimizer.learning_rate = float(self.table[step] * self.share)
+
+    def train(self, step: int, x: np.ndarray, y: np.ndarray) -> None:
+        values = [np.asarray(value) for value in self.weights()]
+        gradients = gradient(values, x, y, self.scale)
+        # What a regularizer adds to the gradient.
+        gradients = [np.asarray(g + self.l2 * w, w.dtype) for g, w in zip(gradients, values, strict=True)]
+        from keras import ops
+
+        self.optimizer.apply([ops.convert_to_tensor(g) for g in gradients], self.model.trainable_variables)
+
+    def weights(self) -> list[np.ndarray]:
+        return [np.array(value) for value in self.model.get_weights()]
+
+    def load(self, path: str, **options: Any) -> Any:
+        import polyckpt
+
+        restored = polyckpt.load(path, self.model, self.optimizer, **options)
+        self.optimizer = restored.optimizer
+        if getattr(getattr(self.optimizer, "form", None), "hyperparameters", {}).get("dampening"):
+            self.share = 1.0
+        return restored
+
+
+class OptaxRun:
+    """The network as a tree of arrays, trained by optax."""
+
+    def __init__(self, case: Any, weights: list[np.ndarray], table: np.ndarray, scale: float) -> None:
+        import jax.numpy as jnp
+
+        self.scale = scale
+        constant = bool((table == table[0]).all())
+        values = jnp.asarray(table, weights[0].dtype)
+        self.tx = case.optax(float(table[0]) if constant else lambda count: values[count])
+        names = ["kernel", "bias"] * 2
+        self.model = {
+            layer: {name: jnp.asarray(value) for name, value in zip(names, part, strict=False)}
+            for layer, part in (("first", weights[:2]), ("second", weights[2:]))
+        }
+        self.optimizer = self.tx.init(self.model)
+
+    def at(self, step: int) -> None:
+        pass
+
+    def train(self, step: int, x: np.ndarray, y: np.ndarray) -> None:
+        import jax
+        import optax
+
+        made = gradient(self.weights(), x, y, self.scale)
+        tree = {"first": dict(zip(("kernel", "bias"), made[:2], strict=True)), "second": dict(zip(("kernel", "bias"), made[2:], strict=True))}
+        tree = jax.tree.map(lambda g, w: jax.numpy.asarray(g, w.dtype), tree, self.model)
+        changes, self.optimizer = self.tx.update(tree, self.optimizer, self.model)
+        self.model = optax.apply_updates(self.model, changes)
+
+    def weights(self) -> list[np.ndarray]:
+        return [np.asarray(self.model[layer][name]) for layer in ("first", "second") for name in ("kernel", "bias")]
+
+    def load(self, path: str, **options: Any) -> Any:
+        import polyckpt
+
+        restored = polyckpt.load(path, self.model, self.optimizer, tx=self.tx, **options)
+        self.model, self.optimizer, self.tx = restored.model, restored.optimizer, restored.tx
+        return restored
+
+
+def gradient(weights: list[np.ndarray], x: np.ndarray, y: np.ndarray, scale: float) -> list[np.ndarray]:
+    """That of the mean squared error, by JAX in the type of the weights."""
+    import jax
+
+    if "gradient" not in _MADE:
+        def loss(weights: Any, x: Any, y: Any, scale: Any) -> Any:
+            hidden = jax.numpy.maximum(x @ weights[0] + weights[1], 0)
+            return scale * ((hidden @ weights[2] + weights[3] - y) ** 2).mean()
+
+        _MADE["gradient"] = jax.jit(jax.grad(loss))
+    return [np.asarray(each) for each in _MADE["gradient"](weights, x, y, np.asarray(scale, weights[0].dtype))]
+
+
+_MADE: dict[str, Any] = {}
+RUNS = {"torch": TorchRun, "keras": KerasRun, "optax": OptaxRun}
+
+
+def outcome(name: str, case: Any, pair: tuple[str, str], dtype: str, scale: float, changing: bool, continuation: str) -> Outcome:
+    import polyckpt
+
+    table, data = rates(case.rate, changing), batches(dtype)
+    stays = RUNS[pair[0]](case, start(1, dtype), table, scale)
+    for step in range(HERE):
+        stays.at(step)
+        stays.train(step, *data[step])
+    stays.at(HERE)
+    at_switch = stays.weights()
+    goes = RUNS[pair[1]](case, start(2, dtype), table, scale)
+    told: dict[str, Any] = {"tx": stays.tx} if pair[0] == "optax" else {}
+    with tempfile.TemporaryDirectory() as directory:
+        path = polyckpt.save(f"{directory}/switch", stays.model, stays.optimizer, step=HERE, **told)
+        accept = frozenset({"names and order", *ACCEPTED})
+        key = {"case": name, "pair": " -> ".join(pair), "scale": scale, "rate": "changing" if changing else "constant"}
+        try:
+            restored = goes.load(path, accept=accept, continuation=continuation)
+        except polyckpt.PolyckptError as error:
+            return Outcome(**key, continuation=continuation, verdict="refused", items=(), predicted=0, weights=0, way=0, refused=str(error))
+    for step in range(HERE, HERE + THERE):
+        for run in (stays, goes):
+            run.at(step)
+            run.train(step, *data[step])
+    apart = max(float(np.abs(a - b).max()) for a, b in zip(stays.weights(), goes.weights(), strict=True))
+    largest = max(float(np.abs(a).max()) for a in stays.weights())
+    way = max(float(np.abs(a - b).max()) for a, b in zip(stays.weights(), at_switch, strict=True))
+    items = [item for group in restored.report.optimizer for item in group.items]
+    order = ["exact", "exact with changed hyperparameter", "exact while the learning rate stays", "default", "approximate"]
+    verdict = max((str(item.exactness) for item in items), key=order.index, default="exact")
+    predicted = sum(item.size for item in items if item.size is not None)
+    shown = tuple(f"{item.name}: {item.exactness}" for item in items)
+    steady = not changing or not any(item.exactness == "exact while the learning rate stays" for item in items)
+    return Outcome(**key, continuation=continuation, steady=steady, verdict=verdict, items=shown, predicted=predicted, weights=apart / largest, way=apart / way)
+
+
+ACCEPTED = (
+    "epsilon",
+    "momentum",
+    "weight_decay",
+    "max_second_moment",
+    "momentum_decay",
+    "rate",
+    "learning_rate_decay",
+    "factored",
+)
+
+
+def main(dtype: str, backend: str, only: str = "") -> None:
+    os.environ["KERAS_BACKEND"] = backend
+    import jax
+
+    jax.config.update("jax_enable_x64", dtype == "float64")
+    import keras
+    import torch
+
+    keras.config.set_floatx(dtype)
+    torch.set_default_dtype(getattr(torch, dtype))
+    torch.set_num_threads(1)
+    from tests.continuation.families import CASES
+
+    found = []
+    for (name, case), (one, other) in itertools.product(CASES.items(), itertools.permutations(FRAMEWORKS, 2)):
+        if only not in name or getattr(case, one) is None or getattr(case, other) is None:
+            continue
+        for scale, changing, continuation in itertools.product(SCALES, (False, True), ("stock", "exact")):
+            found.append(asdict(outcome(name, case, (one, other), dtype, scale, changing, continuation)))
+    sys.stdout.write(json.dumps(found))
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main(*sys.argv[1:])
