@@ -134,6 +134,7 @@ UNUSED: dict[str, float | bool] = {
     "momentum": 0.0,
     "dampening": 0.0,
     "learning_rate_decay": 0.0,
+    "factored_from": 0,
     "nesterov": False,
     "amsgrad": False,
     "centered": False,

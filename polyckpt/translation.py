@@ -321,7 +321,7 @@ def _decay_of(form: Form) -> float:
 
 
 def _factored(form: Form, live: Live, step: int) -> Change | None:
-    here, there = (each.value("factored_from") or 0 for each in (form, live.form))
+    here, there = (each.value("factored_from") for each in (form, live.form))
     if form.family != "adafactor" or here == there:
         return None
     told = [f"from axes of {each:g} on" for each in (here, there)]

@@ -61,7 +61,7 @@ MOMENTA = {
 
 def slots_of(form: Form, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, ...], float]]:
     """The slots of a parameter of `shape`: meaning -> shape and first value."""
-    factored = len(shape) > 1 and sorted(shape)[-2] >= (form.value("factored_from") or 0)
+    factored = len(shape) > 1 and sorted(shape)[-2] >= form.value("factored_from")
     meanings = {
         "sgd": ["momentum"] if form.value("momentum") else [],
         "adam": ["first_moment", "second_moment", *(["max_second_moment"] if form.value("amsgrad") else [])],
