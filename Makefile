@@ -13,6 +13,7 @@ export TF_CPP_MIN_LOG_LEVEL = 3
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
+	$(BIN)/python examples/move.py
 
 test: $(STAMP) lint types
 	$(BIN)/pytest -n $(JOBS) --dist loadscope

@@ -236,9 +236,7 @@ class Adapter(Protocol):
         """Compare a live optimizer with a stored one. `parameters` are those of the live model, by its own adapter."""
         ...
 
-    def continue_optimizer(
-        self, optimizer: Any, continuation: Continuation, captured: ModelCapture, model: Any
-    ) -> Restore:
+    def continue_optimizer(self, optimizer: Any, continuation: Continuation, captured: ModelCapture, model: Any) -> Restore:
         """Prepare a live optimizer to go on where one of another framework stopped. `captured` describes the live `model`."""
         ...
 

@@ -42,12 +42,12 @@ class Restored:
     lr: float | tuple[float, ...] | None
     model: Any
     optimizer: Any
-    tx: Any
     scheduler: Any
     extra: dict[str, Any]
     skipped: tuple[Problem, ...]
     checkpoint: Checkpoint | None
     report: Report | None = None
+    tx: Any = None
 
 
 def save(

@@ -120,7 +120,7 @@ class _Work:
     def prepared(self) -> Continued:
         groups, reports = [], []
         slots: dict[str, dict[str, StoredTensor]] = {}
-        needs_step = any("step" == slot.meaning for slot in self.source.slots.values())
+        needs_step = any(slot.meaning == "step" for slot in self.source.slots.values())
         if needs_step and self.source.step is None:
             live = "one count for all: load what differs apart"
             self.problems.append(Problem("value", _SECTION, "step", stored="parameters of several steps", live=live))
@@ -142,9 +142,7 @@ class _Work:
         rates = self.live.rates(self.step) if self.live.rates else ()
         for index, group in enumerate(self.live.groups):
             scheduled = {"learning_rate": rates[index]} if rates else {}
-            yield schema.ParameterGroup(
-                parameters=group.parameters, hyperparameters={**group.hyperparameters, **scheduled}
-            )
+            yield schema.ParameterGroup(parameters=group.parameters, hyperparameters={**group.hyperparameters, **scheduled})
 
     def _group(
         self, index: int, group: schema.ParameterGroup, slots: dict[str, dict[str, StoredTensor]]
@@ -160,7 +158,9 @@ class _Work:
         for each in sources[1:]:
             self._agree(index, first, translated[each])
         form = None
-        if self.wishes.exact and any(item.size is not None or item.exactness == Exactness.CONSTANT_RATE for item in first.items):
+        if self.wishes.exact and any(
+            item.size is not None or item.exactness == Exactness.CONSTANT_RATE for item in first.items
+        ):
             form = self._source_form(sources[0])
             values = {name: form.value(name) for name in form.hyperparameters}
             first = Translated(form, {}, [], [each for each in first.differences if each.name == "learning_rate"])
@@ -185,9 +185,7 @@ class _Work:
             for name, choice in first.form.conventions.items()
             if choice in self.live.choices.get(name, ()) and choice != self.live.conventions.get(name)
         }
-        return ContinuedGroup(
-            parameters=group.parameters, hyperparameters=values, conventions=conventions, form=form
-        ), items
+        return ContinuedGroup(parameters=group.parameters, hyperparameters=values, conventions=conventions, form=form), items
 
     def _translated(self, index: int, group: schema.ParameterGroup) -> Translated:
         live = Live(
@@ -406,9 +404,7 @@ def _tied(aliases: Mapping[str, str], tensor: str) -> Iterator[str]:
 
 
 def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {
-        name: schema.from_number(value) if isinstance(value, schema.NonFinite) else value for name, value in values.items()
-    }
+    return {name: schema.from_number(value) if isinstance(value, schema.NonFinite) else value for name, value in values.items()}
 
 
 def _signed(piece: Piece, linear: bool) -> Piece:

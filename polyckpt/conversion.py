@@ -151,9 +151,7 @@ class Conversion:
             exact=self.options.continuation == continuation.EXACT,
             cast=self.options.cast,
         )
-        return continuation.prepare(
-            self.checkpoint, self.plan, self.adapter, self.optimizer, self.model, self.captured, wishes
-        )
+        return continuation.prepare(self.checkpoint, self.plan, self.adapter, self.optimizer, self.model, self.captured, wishes)
 
     @contextlib.contextmanager
     def _unchanged_if_it_fails(self) -> Iterator[None]:

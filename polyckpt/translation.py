@@ -8,7 +8,7 @@ asserted but measured: both forms go on from the slots themselves (`deviation`),
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 
 from polyckpt import updates
 from polyckpt.moves import Exactness
-from polyckpt.optimizers import STRUCTURAL, UNUSED
+from polyckpt.optimizers import STRUCTURAL
 from polyckpt.updates import MOMENTA, Form
 
 Sample = Mapping[str, np.ndarray]
@@ -307,9 +307,9 @@ def _schedule(form: Form, live: Live, step: int) -> Change | None:
         return None
     if "momentum_decay" in live.settable and choice == "decaying":
         there = min(here, _CONSTANT)
-    told = ["none" if each >= _CONSTANT else f"{each:g}" for each in (here, there)]
+    stored, held = ("none" if each >= _CONSTANT else f"{each:g}" for each in (here, there))
     after = _with(form, {"momentum_schedule": choice}, momentum_decay=there if choice == "decaying" else None)
-    return Change("momentum_decay", after, *told, {}, _ON_REQUEST)
+    return Change("momentum_decay", after, stored, held, {}, _ON_REQUEST)
 
 
 _CONSTANT = 1e6
@@ -324,8 +324,8 @@ def _factored(form: Form, live: Live, step: int) -> Change | None:
     here, there = (each.value("factored_from") for each in (form, live.form))
     if form.family != "adafactor" or here == there:
         return None
-    told = [f"from axes of {each:g} on" for each in (here, there)]
-    return Change("factored", _with(form, factored_from=there), *told, remedy=_ON_REQUEST, quiet=True)
+    stored, held = (f"from axes of {each:g} on" for each in (here, there))
+    return Change("factored", _with(form, factored_from=there), stored, held, remedy=_ON_REQUEST, quiet=True)
 
 
 _ASPECTS = (_factored, _dampening, _rate_decay, _rate, _schedule, _epsilon, _weight_decay, _momentum, _maximum)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from polyckpt.optimizers import UNUSED
 
@@ -20,16 +20,10 @@ Number = Any
 """A Python number, or a 0-d array where the library traces."""
 
 
-class Math(Protocol):
-    """The functions that formulas need, beside operators; numpy, jax.numpy and keras.ops have them by these names."""
-
-    def abs(self, x: Array) -> Array: ...
-    def sqrt(self, x: Array) -> Array: ...
-    def sign(self, x: Array) -> Array: ...
-    def maximum(self, x1: Array, x2: Array) -> Array: ...
-    def minimum(self, x1: Array, x2: Array) -> Array: ...
-    def where(self, condition: Array, x1: Array, x2: Array) -> Array: ...
-    def sum(self, x: Array, axis: int | None = None, keepdims: bool = False) -> Array: ...
+Math = Any
+"""A namespace with the functions that formulas need beside operators: abs, sqrt, sign, maximum, minimum, where and sum (with
+axis and keepdims). numpy, jax.numpy and keras.ops are such.
+"""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,15 @@ def test_a_killed_run_ends_bit_identical(framework: str) -> None:
     assert "resumed in epoch" in done.stdout and "bit-identical" in done.stdout
 
 
+def test_a_run_that_moves_is_the_run_that_stays(tmp_path: Path) -> None:
+    picture = tmp_path / "moved.png"
+    command = [sys.executable, str(REPOSITORY / "examples" / "move.py"), str(picture)]
+    done = subprocess.run(command, capture_output=True, text=True, env={**QUIET, "COLUMNS": "200"})
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert float(re.findall(r"largest difference (\S+),", done.stdout)[0]) < 1e-4
+    assert picture.read_bytes().startswith(b"\x89PNG") and picture.stat().st_size > 20_000
+
+
 @pytest.fixture
 def demo(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(REPOSITORY / "examples"))

@@ -102,9 +102,7 @@ class JaxAdapter:
     def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]]) -> Restore:
         return optimizers.prepare(optimizer, stored)
 
-    def continue_optimizer(
-        self, optimizer: Any, continuation: Continuation, captured: ModelCapture, model: Any
-    ) -> Restore:
+    def continue_optimizer(self, optimizer: Any, continuation: Continuation, captured: ModelCapture, model: Any) -> Restore:
         return optimizers.continue_(optimizer, continuation, captured, model)
 
     def capture_object(self, value: Any) -> tuple[str, Any] | None:
@@ -158,8 +156,8 @@ def _train_state_parts(state: Any, optimizer: Any | None) -> Parts:
     def join(model: Any, restored: Carried | None) -> tuple[Any, Any]:
         if restored is None:
             return model.replace(opt_state=state.opt_state, step=state.step), None
-        state = {"opt_state": restored.opt_state, "step": restored.step, "tx": restored.tx()}
-        return model.replace(**state), restored.opt_state
+        whole = model.replace(opt_state=restored.opt_state, step=restored.step, tx=restored.tx())
+        return whole, restored.opt_state
 
     return Parts(model=state.replace(opt_state=None, step=None), optimizer=carried, join=join)
 

@@ -41,8 +41,8 @@ MAKER = "continued"
 def continued(learning_rate: Any, form: Form) -> Transformation:
     """A transformation of any family and convention of polyckpt.optimizers, as a continuation needs it.
 
-    learning_rate: a number, or a function of the completed updates; it is applied here, since some momenta hold it. form: family,
-    conventions and hyperparameters. Its place is the last in an optax.chain; clipping goes before it. `update` takes the
+    learning_rate: a number, or a function of the completed updates; it is applied here, since some momenta hold it.
+    form: family, conventions and hyperparameters. Its place is the last in an optax.chain; clipping goes before it. `update` takes the
     parameters too, and returns what is to be added to them.
 
     >>> tx = continued(0.5, Form("sgd", {}, {}))
@@ -54,18 +54,20 @@ def continued(learning_rate: Any, form: Form) -> Transformation:
         return learning_rate(count) if callable(learning_rate) else learning_rate
 
     def init(params: Any) -> ContinuedState:
-        leaves, treedef = jax.tree.flatten(params)
+        leaves, treedef = _flat(params)
         slots: dict[str, list[Any]] = {}
         for index, leaf in enumerate(leaves):
             for meaning, (shape, first) in updates.slots_of(form, leaf.shape).items():
                 # A parameter that has no such slot holds its place, as in optax.
-                slots.setdefault(meaning, [jnp.zeros(1, each.dtype) for each in leaves])[index] = jnp.full(shape, first, leaf.dtype)
+                slots.setdefault(meaning, [jnp.zeros(1, each.dtype) for each in leaves])[index] = jnp.full(
+                    shape, first, leaf.dtype
+                )
         return ContinuedState(jnp.zeros([], jnp.int32), **{meaning: treedef.unflatten(each) for meaning, each in slots.items()})
 
     def update(gradients: Any, state: ContinuedState, params: Any = None) -> tuple[Any, ContinuedState]:
         if params is None:
             raise ValueError("a continued transformation needs the parameters: tx.update(gradients, state, params)")
-        weights, treedef = jax.tree.flatten(params)
+        weights, treedef = _flat(params)
         trees = {name: tree for name, tree in state._asdict().items() if name != "count" and tree is not None}
         held = {name: treedef.flatten_up_to(tree) for name, tree in trees.items()}
         count, changes = state.count + 1, []
@@ -80,3 +82,7 @@ def continued(learning_rate: Any, form: Form) -> Transformation:
         return treedef.unflatten(changes), ContinuedState(count, **trees)
 
     return Transformation(init, update)
+
+
+def _flat(tree: Any) -> tuple[list[Any], Any]:
+    return jax.tree.flatten(tree)

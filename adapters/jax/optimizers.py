@@ -196,9 +196,7 @@ _ADAM_NU = {
 """Family, state class and field -> what it holds."""
 
 
-def _told(
-    optimizer: Any, state: Any, prefix: str | None, model: ModelCapture, count: int | None = None
-) -> _Told | None:
+def _told(optimizer: Any, state: Any, prefix: str | None, model: ModelCapture, count: int | None = None) -> _Told | None:
     """What the transformation says, where it is at hand and can be read; groups of two families are beyond the tables.
 
     count: the completed updates that schedules are asked for, by default those that the state has seen.
@@ -304,8 +302,11 @@ def _injected(
         groups = [group for group in continuation.groups if not below or below & set(group.parameters)]
         for name in node.hyperparams:
             place = names.join((*path, "hyperparams", name))
-            values = [group.hyperparameters[transforms.INJECTED[name]] for group in groups
-                      if transforms.INJECTED.get(name) in group.hyperparameters]
+            values = [
+                group.hyperparameters[transforms.INJECTED[name]]
+                for group in groups
+                if transforms.INJECTED.get(name) in group.hyperparameters
+            ]
             if values and place in found:
                 wanted[place] = _number(found[place], values[0])
     return wanted

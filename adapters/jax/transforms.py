@@ -397,7 +397,7 @@ def instead_of(
 
     before: transformations of gradients that stay. name_of: from a path in the tree of parameters to the name of a weight.
     """
-    import optax
+    import optax  # type: ignore[import-untyped]  # a program that has a transformation has optax
 
     made = []
     for each, group in zip(described, groups, strict=True):

@@ -24,6 +24,7 @@ from polyckpt.adapter import (
     another_kind,
 )
 from polyckpt.adapters.keras import layers, optimizers, rng, tracing, variables
+from polyckpt.adapters.keras.continued import Continued
 from polyckpt.checkpoint import StoredTensor
 from polyckpt.errors import Problem, UnsupportedError
 from polyckpt.leaves import Leaf
@@ -63,7 +64,7 @@ class KerasAdapter:
         whole = optimizers.whole(model, main)
 
         def join(model: Any, restored: Any) -> tuple[Any, Any]:
-            if isinstance(restored, optimizers.Continued) and getattr(model, "optimizer", None) is main is not restored:
+            if isinstance(restored, Continued) and getattr(model, "optimizer", None) is main is not restored:
                 optimizers.use(model, restored)
             return model, (main if restored is whole else restored) if restored else None
 
@@ -95,9 +96,7 @@ class KerasAdapter:
     def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]]) -> Restore:
         return optimizers.prepare(optimizer, stored, parameters, "optimizer")
 
-    def continue_optimizer(
-        self, optimizer: Any, continuation: Continuation, captured: ModelCapture, model: Any
-    ) -> Restore:
+    def continue_optimizer(self, optimizer: Any, continuation: Continuation, captured: ModelCapture, model: Any) -> Restore:
         return optimizers.continue_(optimizer, continuation, captured, "optimizer")
 
     def capture_object(self, value: Any) -> tuple[str, Any] | None:

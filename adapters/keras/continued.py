@@ -23,7 +23,7 @@ _SETTINGS = (
 
 
 @keras.saving.register_keras_serializable("polyckpt")
-class Continued(keras.optimizers.Optimizer):
+class Continued(keras.optimizers.Optimizer):  # type: ignore[misc]
     """An optimizer of any family and convention of polyckpt.optimizers, as a continuation from another framework needs it.
 
     learning_rate: a float or a schedule, 0.001 by default. family, conventions, hyperparameters: as in polyckpt.optimizers; the

@@ -158,7 +158,7 @@ def _groups(optimizer: Any, row: Row | None, trained: Sequence[tuple[str, Any]])
     inner = _innermost(optimizer)
     values: dict[str, Any] = {"learning_rate": _learning_rate(optimizer)}
     if isinstance(inner, Continued):
-        values |= inner.form.hyperparameters | values
+        values = {**inner.form.hyperparameters, **values}
     elif row:
         values |= {name: getattr(inner, attribute, None) for name, attribute in row.keys.items()} | dict(row.fixed)
     plain: dict[str, Hyperparameter] = {
@@ -187,7 +187,7 @@ def _decay(inner: Any, variable: Any) -> float | None:
 def _penalty(variable: Any) -> float:
     """The coupled decay that the L2 regularizer of a variable amounts to: its gradient is 2 * l2 * w."""
     regularizer = getattr(variable, "regularizer", None)
-    return 2 * float(regularizer.l2) if type(regularizer) in (keras.regularizers.L2,) else 0.0
+    return 2 * float(regularizer.l2) if isinstance(regularizer, keras.regularizers.L2) else 0.0
 
 
 def _trainable(parameters: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
@@ -301,7 +301,9 @@ def continue_(optimizer: Any, continuation: Continuation, model: ModelCapture, s
     Where it is to follow another formula it is a new one that comes back, with the settings that the formula does not have.
     """
     if isinstance(optimizer, Several):
-        problem = Problem("value", section, "optimizers", stored="one", live=f"{len(optimizer.owned) + 1}, of a model of several")
+        problem = Problem(
+            "value", section, "optimizers", stored="one", live=f"{len(optimizer.owned) + 1}, of a model of several"
+        )
         return Restore(apply=lambda: optimizer, problems=[problem])
     inner, parameters = _innermost(optimizer), model.parameters
     trained = _trained(inner, parameters) if inner.built else _trainable(parameters)

@@ -68,9 +68,7 @@ class TorchAdapter:
     def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]]) -> Restore:
         return optimizers.prepare(optimizer, stored, parameters, "optimizer")
 
-    def continue_optimizer(
-        self, optimizer: Any, continuation: Continuation, captured: ModelCapture, model: Any
-    ) -> Restore:
+    def continue_optimizer(self, optimizer: Any, continuation: Continuation, captured: ModelCapture, model: Any) -> Restore:
         return optimizers.continue_(optimizer, continuation, captured.parameters, "optimizer")
 
     def capture_object(self, value: Any) -> tuple[str, Any] | None:

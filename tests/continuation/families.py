@@ -21,8 +21,8 @@ DECAY = 0.05
 class Case:
     """An optimizer of one family. torch, keras, optax: how it is made there, None where there is none.
 
-    l2: coupled weight decay that Keras leaves to the regularizers of the model. rate: the learning rate. dampening: that torch's
-    has, for which the others have a smaller rate.
+    l2: coupled weight decay that Keras leaves to the regularizers of the model. rate: the learning rate. dampening: that of
+    torch, for which the others have a smaller rate.
     """
 
     torch: Callable[[Any, float], torch.optim.Optimizer] | None = None
@@ -37,112 +37,112 @@ def adam(**values: Any) -> Callable[[Any, float], torch.optim.Optimizer]:
     return lambda parameters, lr: torch.optim.Adam(parameters, lr=lr, eps=EPSILON, **values)
 
 
-T, K, O = torch.optim, keras.optimizers, optax
+T, K = torch.optim, keras.optimizers
 
 CASES: Mapping[str, Case] = {
-    "SGD": Case(lambda p, lr: T.SGD(p, lr=lr), lambda lr: K.SGD(lr), lambda lr: O.sgd(lr)),
+    "SGD": Case(lambda p, lr: T.SGD(p, lr=lr), lambda lr: K.SGD(lr), lambda lr: optax.sgd(lr)),
     "SGD, weight decay": Case(
         lambda p, lr: T.SGD(p, lr=lr, weight_decay=DECAY),
         lambda lr: K.SGD(lr, weight_decay=DECAY),
-        lambda lr: O.chain(O.add_decayed_weights(DECAY), O.sgd(lr)),
+        lambda lr: optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(lr)),
     ),
     "SGD, momentum": Case(
-        lambda p, lr: T.SGD(p, lr=lr, momentum=0.9), lambda lr: K.SGD(lr, momentum=0.9), lambda lr: O.sgd(lr, 0.9)
+        lambda p, lr: T.SGD(p, lr=lr, momentum=0.9), lambda lr: K.SGD(lr, momentum=0.9), lambda lr: optax.sgd(lr, 0.9)
     ),
     "SGD, Nesterov": Case(
         lambda p, lr: T.SGD(p, lr=lr, momentum=0.9, nesterov=True),
         lambda lr: K.SGD(lr, momentum=0.9, nesterov=True),
-        lambda lr: O.sgd(lr, 0.9, nesterov=True),
+        lambda lr: optax.sgd(lr, 0.9, nesterov=True),
     ),
     "SGD, momentum of updates": Case(
-        None, lambda lr: K.SGD(lr, momentum=0.9), lambda lr: O.chain(O.scale_by_learning_rate(lr), O.trace(0.9))
+        None, lambda lr: K.SGD(lr, momentum=0.9), lambda lr: optax.chain(optax.scale_by_learning_rate(lr), optax.trace(0.9))
     ),
     "SGD, dampening": Case(
         lambda p, lr: T.SGD(p, lr=lr, momentum=0.9, dampening=0.3),
         lambda lr: K.SGD(lr, momentum=0.9),
-        lambda lr: O.sgd((lambda count: lr(count) * 0.7) if callable(lr) else lr * 0.7, 0.9),
+        lambda lr: optax.sgd((lambda count: lr(count) * 0.7) if callable(lr) else lr * 0.7, 0.9),
         dampening=0.3,
     ),
     "SGD, momentum, L2": Case(
         lambda p, lr: T.SGD(p, lr=lr, momentum=0.9, weight_decay=DECAY),
         lambda lr: K.SGD(lr, momentum=0.9),
-        lambda lr: O.chain(O.add_decayed_weights(DECAY), O.sgd(lr, 0.9)),
+        lambda lr: optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(lr, 0.9)),
         l2=DECAY,
     ),
     "SGD, momentum, decoupled decay": Case(
         lambda p, lr: T.SGD(p, lr=lr, momentum=0.9, weight_decay=DECAY),
         lambda lr: K.SGD(lr, momentum=0.9, weight_decay=DECAY),
-        lambda lr: O.chain(O.trace(0.9), O.add_decayed_weights(DECAY), O.scale_by_learning_rate(lr)),
+        lambda lr: optax.chain(optax.trace(0.9), optax.add_decayed_weights(DECAY), optax.scale_by_learning_rate(lr)),
     ),
-    "Adam": Case(adam(), lambda lr: K.Adam(lr), lambda lr: O.adam(lr, eps=EPSILON)),
+    "Adam": Case(adam(), lambda lr: K.Adam(lr), lambda lr: optax.adam(lr, eps=EPSILON)),
     "AdamW": Case(
         lambda p, lr: T.AdamW(p, lr=lr, eps=EPSILON, weight_decay=DECAY),
         lambda lr: K.AdamW(lr, weight_decay=DECAY),
-        lambda lr: O.adamw(lr, eps=EPSILON, weight_decay=DECAY),
+        lambda lr: optax.adamw(lr, eps=EPSILON, weight_decay=DECAY),
     ),
     "Adam, L2": Case(
         adam(weight_decay=DECAY),
         lambda lr: K.Adam(lr),
-        lambda lr: O.chain(O.add_decayed_weights(DECAY), O.adam(lr, eps=EPSILON)),
+        lambda lr: optax.chain(optax.add_decayed_weights(DECAY), optax.adam(lr, eps=EPSILON)),
         l2=DECAY,
     ),
-    "AMSGrad": Case(adam(amsgrad=True), lambda lr: K.Adam(lr, amsgrad=True), lambda lr: O.amsgrad(lr, eps=EPSILON)),
+    "AMSGrad": Case(adam(amsgrad=True), lambda lr: K.Adam(lr, amsgrad=True), lambda lr: optax.amsgrad(lr, eps=EPSILON)),
     "Adamax": Case(
-        lambda p, lr: T.Adamax(p, lr=lr, eps=EPSILON), lambda lr: K.Adamax(lr), lambda lr: O.adamax(lr, eps=EPSILON)
+        lambda p, lr: T.Adamax(p, lr=lr, eps=EPSILON), lambda lr: K.Adamax(lr), lambda lr: optax.adamax(lr, eps=EPSILON)
     ),
     "Nadam": Case(
-        lambda p, lr: T.NAdam(p, lr=lr, eps=EPSILON), lambda lr: K.Nadam(lr), lambda lr: O.nadam(lr, eps=EPSILON)
+        lambda p, lr: T.NAdam(p, lr=lr, eps=EPSILON), lambda lr: K.Nadam(lr), lambda lr: optax.nadam(lr, eps=EPSILON)
     ),
     "RAdam": Case(
         lambda p, lr: T.RAdam(p, lr=lr, eps=EPSILON, betas=(0.9, 0.99)),
         None,
-        lambda lr: O.radam(lr, eps=EPSILON, b2=0.99),
+        lambda lr: optax.radam(lr, eps=EPSILON, b2=0.99),
     ),
     "RMSprop": Case(
         lambda p, lr: T.RMSprop(p, lr=lr, alpha=0.9, eps=EPSILON),
         lambda lr: K.RMSprop(lr),
-        lambda lr: O.rmsprop(lr, eps=EPSILON),
+        lambda lr: optax.rmsprop(lr, eps=EPSILON),
     ),
     "RMSprop, epsilon outside": Case(
         lambda p, lr: T.RMSprop(p, lr=lr, alpha=0.9, eps=EPSILON),
         None,
-        lambda lr: O.rmsprop(lr, eps=EPSILON, eps_in_sqrt=False),
+        lambda lr: optax.rmsprop(lr, eps=EPSILON, eps_in_sqrt=False),
     ),
     "RMSprop, momentum": Case(
         lambda p, lr: T.RMSprop(p, lr=lr, alpha=0.9, eps=EPSILON, momentum=0.9),
         lambda lr: K.RMSprop(lr, momentum=0.9),
-        lambda lr: O.rmsprop(lr, eps=EPSILON, momentum=0.9),
+        lambda lr: optax.rmsprop(lr, eps=EPSILON, momentum=0.9),
     ),
     "RMSprop, centered": Case(
         lambda p, lr: T.RMSprop(p, lr=lr, alpha=0.9, eps=EPSILON, centered=True),
         lambda lr: K.RMSprop(lr, centered=True),
-        lambda lr: O.rmsprop(lr, eps=EPSILON, centered=True),
+        lambda lr: optax.rmsprop(lr, eps=EPSILON, centered=True),
     ),
     "Adagrad": Case(
         lambda p, lr: T.Adagrad(p, lr=lr, eps=EPSILON),
         lambda lr: K.Adagrad(lr),
-        lambda lr: O.adagrad(lr, eps=EPSILON),
+        lambda lr: optax.adagrad(lr, eps=EPSILON),
     ),
     "Adadelta": Case(
         lambda p, lr: T.Adadelta(p, lr=lr, rho=0.95, eps=EPSILON),
         lambda lr: K.Adadelta(lr),
-        lambda lr: O.adadelta(lr, rho=0.95, eps=EPSILON),
+        lambda lr: optax.adadelta(lr, rho=0.95, eps=EPSILON),
         rate=1.0,
     ),
-    "Lion": Case(None, lambda lr: K.Lion(lr), lambda lr: O.lion(lr, weight_decay=0.0), rate=0.001),
+    "Lion": Case(None, lambda lr: K.Lion(lr), lambda lr: optax.lion(lr, weight_decay=0.0), rate=0.001),
     "Lion, weight decay": Case(
-        None, lambda lr: K.Lion(lr, weight_decay=DECAY), lambda lr: O.lion(lr, weight_decay=DECAY), rate=0.001
+        None, lambda lr: K.Lion(lr, weight_decay=DECAY), lambda lr: optax.lion(lr, weight_decay=DECAY), rate=0.001
     ),
-    "Lamb": Case(None, lambda lr: K.Lamb(lr), lambda lr: O.lamb(lr, eps=EPSILON)),
+    "Lamb": Case(None, lambda lr: K.Lamb(lr), lambda lr: optax.lamb(lr, eps=EPSILON)),
     "Lamb, weight decay": Case(
-        None, lambda lr: K.Lamb(lr, weight_decay=DECAY), lambda lr: O.lamb(lr, eps=EPSILON, weight_decay=DECAY)
+        None, lambda lr: K.Lamb(lr, weight_decay=DECAY), lambda lr: optax.lamb(lr, eps=EPSILON, weight_decay=DECAY)
     ),
     "Adafactor": Case(
         lambda p, lr: T.Adafactor(p, lr=lr, eps=(1e-15, 1e-3)),
         lambda lr: K.Adafactor(lr),
-        lambda lr: O.adafactor(lr, min_dim_size_to_factor=1, decay_rate=0.8),
+        lambda lr: optax.adafactor(lr, min_dim_size_to_factor=1, decay_rate=0.8),
     ),
     "Adafactor, not factored": Case(
-        None, lambda lr: K.Adafactor(lr), lambda lr: O.adafactor(lr, min_dim_size_to_factor=128, decay_rate=0.8)
+        None, lambda lr: K.Adafactor(lr), lambda lr: optax.adafactor(lr, min_dim_size_to_factor=128, decay_rate=0.8)
     ),
 }

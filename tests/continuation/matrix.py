@@ -29,8 +29,8 @@ class Outcome:
     """What came of a switch. verdict: of the report, the worst. predicted: the size that it tells.
 
     weights: the largest difference from the run that stayed, relative to the largest weight; way: relative to the way that the
-    weights went since the switch. steady: whether the verdict holds for this rate: what is exact while the rate stays says nothing
-    of one that changes.
+    weights went since the switch. steady: whether the verdict holds for this rate: what is exact while the rate stays says
+    nothing of one that changes.
     """
 
     case: str
@@ -77,9 +77,7 @@ class TorchRun:
         import torch
 
         self.table, self.scale, self.t = table, scale, 0
-        self.model = torch.nn.Sequential(
-            torch.nn.Linear(*SIZES[:2]), torch.nn.ReLU(), torch.nn.Linear(*SIZES[1:])
-        )
+        self.model = torch.nn.Sequential(torch.nn.Linear(*SIZES[:2]), torch.nn.ReLU(), torch.nn.Linear(*SIZES[1:]))
         with torch.no_grad():
             for parameter, value in zip(self.model.parameters(), weights, strict=True):
                 parameter.copy_(torch.tensor(value.T))
@@ -179,7 +177,10 @@ class OptaxRun:
         import optax
 
         made = gradient(self.weights(), x, y, self.scale)
-        tree = {"first": dict(zip(("kernel", "bias"), made[:2], strict=True)), "second": dict(zip(("kernel", "bias"), made[2:], strict=True))}
+        tree = {
+            "first": dict(zip(("kernel", "bias"), made[:2], strict=True)),
+            "second": dict(zip(("kernel", "bias"), made[2:], strict=True)),
+        }
         tree = jax.tree.map(lambda g, w: jax.numpy.asarray(g, w.dtype), tree, self.model)
         changes, self.optimizer = self.tx.update(tree, self.optimizer, self.model)
         self.model = optax.apply_updates(self.model, changes)
@@ -200,6 +201,7 @@ def gradient(weights: list[np.ndarray], x: np.ndarray, y: np.ndarray, scale: flo
     import jax
 
     if "gradient" not in _MADE:
+
         def loss(weights: Any, x: Any, y: Any, scale: Any) -> Any:
             hidden = jax.numpy.maximum(x @ weights[0] + weights[1], 0)
             return scale * ((hidden @ weights[2] + weights[3] - y) ** 2).mean()
@@ -212,7 +214,9 @@ _MADE: dict[str, Any] = {}
 RUNS = {"torch": TorchRun, "keras": KerasRun, "optax": OptaxRun}
 
 
-def outcome(name: str, case: Any, pair: tuple[str, str], dtype: str, scale: float, changing: bool, continuation: str) -> Outcome:
+def outcome(
+    name: str, case: Any, pair: tuple[str, str], dtype: str, scale: float, changing: bool, continuation: str
+) -> Outcome:
     import polyckpt
 
     table, data = rates(case.rate, changing), batches(dtype)
@@ -231,7 +235,9 @@ def outcome(name: str, case: Any, pair: tuple[str, str], dtype: str, scale: floa
         try:
             restored = goes.load(path, accept=accept, continuation=continuation)
         except polyckpt.PolyckptError as error:
-            return Outcome(**key, continuation=continuation, verdict="refused", items=(), predicted=0, weights=0, way=0, refused=str(error))
+            return Outcome(
+                **key, continuation=continuation, verdict="refused", items=(), predicted=0, weights=0, way=0, refused=str(error)
+            )
     for step in range(HERE, HERE + THERE):
         for run in (stays, goes):
             run.at(step)
@@ -245,7 +251,16 @@ def outcome(name: str, case: Any, pair: tuple[str, str], dtype: str, scale: floa
     predicted = sum(item.size for item in items if item.size is not None)
     shown = tuple(f"{item.name}: {item.exactness}" for item in items)
     steady = not changing or not any(item.exactness == "exact while the learning rate stays" for item in items)
-    return Outcome(**key, continuation=continuation, steady=steady, verdict=verdict, items=shown, predicted=predicted, weights=apart / largest, way=apart / way)
+    return Outcome(
+        **key,
+        continuation=continuation,
+        steady=steady,
+        verdict=verdict,
+        items=shown,
+        predicted=predicted,
+        weights=apart / largest,
+        way=apart / way,
+    )
 
 
 ACCEPTED = (

@@ -105,7 +105,8 @@ those of the run that stayed. All in float64 (Keras on JAX), with gradients of t
 * **exact\\***: exact with a changed hyperparameter or rescaled slots, which `load` sees to.
 * **exact+**: exact while the learning rate stays; where it changes afterwards, `continuation="exact"` is.
 * **approximate**: the optimizer of the other framework computes something else. The two numbers are the difference from the run
-  that stayed, relative to the way that the weights went since the switch, with gradients of 1 / of 1e-3. The report predicts it.
+  that stayed, relative to the way that the weights went since the switch, with gradients of 1 / of 1e-3. The report
+  predicts it.
 * **-**: one of the two frameworks has no such optimizer.
 
 Adafactor is exact up to what Keras and optax compute in float32 even here (1e-8 of the way). torch's Muon computes in bfloat16,

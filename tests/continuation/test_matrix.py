@@ -27,8 +27,8 @@ def allowed(outcome: Outcome, dtype: str) -> float:
 
 def shown(found: list[Outcome]) -> str:
     return "\n".join(
-        f"{each['case']}, {each['pair']}, {each['scale']}, {each['rate']}, {each['continuation']}: {each['items']} "
-        f"predicted {each['predicted']:.1e}, {each['way']:.1e} of the way, {each['weights']:.1e} of the weights {each['refused']}"
+        f"{each['case']}, {each['pair']}, {each['scale']}, {each['rate']}, {each['continuation']}: {each['items']} predicted "
+        f"{each['predicted']:.1e}, {each['way']:.1e} of the way, {each['weights']:.1e} of the weights {each['refused']}"
         for each in found
     )
 
