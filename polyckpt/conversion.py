@@ -71,9 +71,12 @@ class Options:
         """Raises PlanError for what nobody can accept, a misspelt name above all."""
         if self.continuation not in (continuation.STOCK, continuation.EXACT):
             raise PlanError(f"continuation={self.continuation!r}: pass {continuation.STOCK!r} or {continuation.EXACT!r}")
-        known = {AGREED, FOLDED_BIAS, *HYPERPARAMETERS, *continuation.ASPECTS}
-        if isinstance(self.accept, str) or not set(self.accept) <= known:
-            raise PlanError(f"accept={self.accept!r}: pass a set of names out of {', '.join(map(repr, sorted(known)))}")
+        weights, optimizers = ({AGREED, FOLDED_BIAS}, {*HYPERPARAMETERS, *continuation.ASPECTS})
+        if isinstance(self.accept, str) or not set(self.accept) <= weights | optimizers:
+            listed = [", ".join(map(repr, sorted(names))) for names in (weights, optimizers)]
+            raise PlanError(
+                f"accept={self.accept!r}: pass a set of names out of {listed[0]}, and for an optimizer out of {listed[1]}"
+            )
 
 
 @dataclass(frozen=True)

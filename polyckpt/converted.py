@@ -117,4 +117,4 @@ class Made(StoredTensor):
 
     def numpy(self) -> np.ndarray:
         made = np.asarray(self._compute(), lookup(self.dtype, self.name).numpy)
-        return contiguous(np.broadcast_to(made.reshape(self.shape) if made.ndim else made, self.shape))
+        return contiguous(made.reshape(self.shape)) if made.ndim else np.full(self.shape, made)

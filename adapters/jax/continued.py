@@ -42,8 +42,8 @@ def continued(learning_rate: Any, form: Form) -> Transformation:
     """A transformation of any family and convention of polyckpt.optimizers, as a continuation needs it.
 
     learning_rate: a number, or a function of the completed updates; it is applied here, since some momenta hold it.
-    form: family, conventions and hyperparameters. Its place is the last in an optax.chain; clipping goes before it. `update` takes the
-    parameters too, and returns what is to be added to them.
+    form: family, conventions and hyperparameters. Its place is the last in an optax.chain; clipping goes
+    before it. `update` takes the parameters too, and returns what is to be added to them.
 
     >>> tx = continued(0.5, Form("sgd", {}, {}))
     >>> tx.update({"w": jnp.ones(2)}, tx.init({"w": jnp.ones(2)}), {"w": jnp.ones(2)})[0]["w"].tolist()

@@ -43,7 +43,7 @@ def _described(path: Path, tx: Any, params: Any, model: Any = None) -> Any:
         (
             optax.adafactor(1e-3, min_dim_size_to_factor=2),
             "adafactor",
-            {"0/v_row": "column_second_moment", "0/v_col": "row_second_moment", "0/v": "second_moment"},
+            {"0/v_row": "longest_axis_second_moment", "0/v_col": "next_axis_second_moment", "0/v": "second_moment"},
         ),
     ],
 )

@@ -175,6 +175,7 @@ def test_adafactor_tells_what_it_is_made_of(tmp_path: Path) -> None:
         "epsilon2": 1e-3,
         "beta2_decay": -0.7,
         "clip_threshold": 3.0,
+        "factored_from": 2,
     }
 
 

@@ -11,10 +11,13 @@ import os
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
+
+from polyckpt.moves import Exactness
 
 HERE, THERE = 7, 7
 """Updates before and after the switch."""
@@ -214,54 +217,62 @@ _MADE: dict[str, Any] = {}
 RUNS = {"torch": TorchRun, "keras": KerasRun, "optax": OptaxRun}
 
 
-def outcome(
-    name: str, case: Any, pair: tuple[str, str], dtype: str, scale: float, changing: bool, continuation: str
-) -> Outcome:
+def outcomes(name: str, case: Any, one: str, dtype: str, scale: float, changing: bool) -> Iterator[Outcome]:
+    """What comes of a run in `one` that goes on in each of the others."""
     import polyckpt
 
     table, data = rates(case.rate, changing), batches(dtype)
-    stays = RUNS[pair[0]](case, start(1, dtype), table, scale)
-    for step in range(HERE):
-        stays.at(step)
-        stays.train(step, *data[step])
+    stays = RUNS[one](case, start(1, dtype), table, scale)
+    train(stays, range(HERE), data)
     stays.at(HERE)
     at_switch = stays.weights()
-    goes = RUNS[pair[1]](case, start(2, dtype), table, scale)
-    told: dict[str, Any] = {"tx": stays.tx} if pair[0] == "optax" else {}
+    told: dict[str, Any] = {"tx": stays.tx} if one == "optax" else {}
     with tempfile.TemporaryDirectory() as directory:
         path = polyckpt.save(f"{directory}/switch", stays.model, stays.optimizer, step=HERE, **told)
-        accept = frozenset({"names and order", *ACCEPTED})
-        key = {"case": name, "pair": " -> ".join(pair), "scale": scale, "rate": "changing" if changing else "constant"}
-        try:
-            restored = goes.load(path, accept=accept, continuation=continuation)
-        except polyckpt.PolyckptError as error:
-            return Outcome(
-                **key, continuation=continuation, verdict="refused", items=(), predicted=0, weights=0, way=0, refused=str(error)
+        train(stays, range(HERE, HERE + THERE), data)
+        for other, continuation in itertools.product(FRAMEWORKS, ("stock", "exact")):
+            if other == one or getattr(case, other) is None:
+                continue
+            key = {
+                "case": name,
+                "pair": f"{one} -> {other}",
+                "scale": scale,
+                "rate": "changing" if changing else "constant",
+                "continuation": continuation,
+            }
+            goes = RUNS[other](case, start(2, dtype), table, scale)
+            try:
+                restored = goes.load(path, accept={"names and order", *ACCEPTED}, continuation=continuation)
+            except polyckpt.PolyckptError as error:
+                yield Outcome(**key, verdict="refused", items=(), predicted=0, weights=0, way=0, refused=str(error))
+                continue
+            train(goes, range(HERE, HERE + THERE), data)
+            items = [item for group in restored.report.optimizer for item in group.items]
+            yield Outcome(
+                **key,
+                verdict=max((str(item.exactness) for item in items), key=WORST.index, default="exact"),
+                items=tuple(f"{item.name}: {item.exactness}" for item in items),
+                predicted=sum(item.size for item in items if item.size is not None),
+                weights=distance(stays.weights(), goes.weights()) / distance(stays.weights()),
+                way=distance(stays.weights(), goes.weights()) / distance(stays.weights(), at_switch),
+                steady=not changing or not any(item.exactness == Exactness.CONSTANT_RATE for item in items),
             )
-    for step in range(HERE, HERE + THERE):
-        for run in (stays, goes):
-            run.at(step)
-            run.train(step, *data[step])
-    apart = max(float(np.abs(a - b).max()) for a, b in zip(stays.weights(), goes.weights(), strict=True))
-    largest = max(float(np.abs(a).max()) for a in stays.weights())
-    way = max(float(np.abs(a - b).max()) for a, b in zip(stays.weights(), at_switch, strict=True))
-    items = [item for group in restored.report.optimizer for item in group.items]
-    order = ["exact", "exact with changed hyperparameter", "exact while the learning rate stays", "default", "approximate"]
-    verdict = max((str(item.exactness) for item in items), key=order.index, default="exact")
-    predicted = sum(item.size for item in items if item.size is not None)
-    shown = tuple(f"{item.name}: {item.exactness}" for item in items)
-    steady = not changing or not any(item.exactness == "exact while the learning rate stays" for item in items)
-    return Outcome(
-        **key,
-        continuation=continuation,
-        steady=steady,
-        verdict=verdict,
-        items=shown,
-        predicted=predicted,
-        weights=apart / largest,
-        way=apart / way,
-    )
 
+
+def train(run: Any, steps: range, data: Sequence[tuple[np.ndarray, np.ndarray]]) -> None:
+    for step in steps:
+        run.at(step)
+        run.train(step, *data[step])
+
+
+def distance(one: Sequence[np.ndarray], other: Sequence[np.ndarray] | None = None) -> float:
+    """The largest difference of an element, or the largest element."""
+    others = [np.zeros_like(each) for each in one] if other is None else other
+    return max(float(np.abs(a - b).max()) for a, b in zip(one, others, strict=True))
+
+
+WORST = ["exact", "exact with changed hyperparameter", "exact while the learning rate stays", "default", "approximate"]
+"""Verdicts from the best on."""
 
 ACCEPTED = (
     "epsilon",
@@ -288,12 +299,11 @@ def main(dtype: str, backend: str, only: str = "") -> None:
     torch.set_num_threads(1)
     from tests.continuation.families import CASES
 
-    found = []
-    for (name, case), (one, other) in itertools.product(CASES.items(), itertools.permutations(FRAMEWORKS, 2)):
-        if only not in name or getattr(case, one) is None or getattr(case, other) is None:
-            continue
-        for scale, changing, continuation in itertools.product(SCALES, (False, True), ("stock", "exact")):
-            found.append(asdict(outcome(name, case, (one, other), dtype, scale, changing, continuation)))
+    found: list[dict[str, Any]] = []
+    for (name, case), one in itertools.product(CASES.items(), FRAMEWORKS):
+        if only in name and getattr(case, one) is not None:
+            for scale, changing in itertools.product(SCALES, (False, True)):
+                found += map(asdict, outcomes(name, case, one, dtype, scale, changing))
     sys.stdout.write(json.dumps(found))
 
 
