@@ -262,7 +262,8 @@ def _described(steps: Sequence[Step]) -> Described:
         row = _ROWS.get(step.name)
         if step.name == MAKER:
             form, rated = step.values["form"], True
-            scaler, family, rate = MAKER, form.family, _factor(step)
+            scaler, family = MAKER, form.family
+            rate *= _factor(step)
             conventions |= form.conventions
             values |= form.hyperparameters
         elif row is not None:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cache
 
-import pytest
-
 from tests.continuation import table
 from tests.continuation.table import Outcome
 from tests.sealing import REPOSITORY
@@ -21,10 +19,6 @@ def outcomes(dtype: str, backend: str) -> list[Outcome]:
     return table.measured(dtype, backend)
 
 
-def allowed(outcome: Outcome, dtype: str) -> float:
-    return 1e-8 if outcome["case"] in SINGLE_INSIDE and dtype == "float64" else ROUNDING[dtype]
-
-
 def shown(found: list[Outcome]) -> str:
     return "\n".join(
         f"{each['case']}, {each['pair']}, {each['scale']}, {each['rate']}, {each['continuation']}: {each['items']} predicted "
@@ -33,62 +27,60 @@ def shown(found: list[Outcome]) -> str:
     )
 
 
-RUNS = [("float64", "jax"), ("float32", "tensorflow")]
+class _Continued:
+    """What holds of all outcomes of one type, with Keras on one backend."""
+
+    dtype: str
+    backend: str
+
+    @property
+    def found(self) -> list[Outcome]:
+        return outcomes(self.dtype, self.backend)
+
+    def wrong(self, of: Callable[[Outcome], bool], right: Callable[[Outcome], bool]) -> list[Outcome]:
+        chosen = [each for each in self.found if of(each)]
+        assert len(chosen) > 100
+        return [each for each in chosen if not right(each)]
+
+    def is_rounding(self, each: Outcome) -> bool:
+        single = each["case"] in SINGLE_INSIDE and self.dtype == "float64"
+        return bool(each["weights"] <= (1e-8 if single else ROUNDING[self.dtype]))
+
+    def test_none_is_refused(self) -> None:
+        assert not (found := [each for each in self.found if each["verdict"] in ("refused", "default")]), shown(found)
+
+    def test_what_is_called_exact_is(self) -> None:
+        found = self.wrong(lambda each: each["verdict"].startswith("exact") and each["steady"], self.is_rounding)
+        assert not found, shown(found)
+
+    def test_what_is_called_approximate_is_within_the_size_that_was_told(self) -> None:
+        def within(each: Outcome) -> bool:
+            # In float32 two programs of one formula differ too.
+            return bool(each["way"] <= each["predicted"] or (self.dtype == "float32" and self.is_rounding(each)))
+
+        found = self.wrong(lambda each: each["verdict"] == "approximate" and each["steady"], within)
+        assert not found, shown(found)
+
+    def test_what_is_predicted_is_not_the_sky(self) -> None:
+        """A size that is told for safety's sake alone would tell nothing: the median is within two orders of what comes."""
+        told = [each for each in self.found if each["verdict"] == "approximate" and each["steady"] and each["way"] > 1e-6]
+        ratios = sorted(each["predicted"] / each["way"] for each in told)
+        assert len(ratios) > 20 and ratios[len(ratios) // 2] < 100
+
+    def test_on_request_all_is_exact_under_any_rate(self) -> None:
+        def exact(each: Outcome) -> bool:
+            return bool(each["steady"] and each["verdict"].startswith("exact") and self.is_rounding(each))
+
+        assert not (found := self.wrong(lambda each: each["continuation"] == "exact", exact)), shown(found)
 
 
-@pytest.fixture(params=RUNS, ids=" on ".join, scope="module")
-def run(request: pytest.FixtureRequest) -> tuple[str, list[Outcome]]:
-    dtype, backend = request.param
-    return dtype, outcomes(dtype, backend)
+class TestDouble(_Continued):
+    dtype, backend = "float64", "jax"
+
+    def test_the_document_says_what_is_found(self) -> None:
+        written = table.read((REPOSITORY / "docs" / "continuation.md").read_text())
+        assert written == [table.verdicts(self.found, continuation) for continuation in ("stock", "exact")]
 
 
-def wrong(run: tuple[str, list[Outcome]], of: Callable[[Outcome], bool], right: Callable[[Outcome], bool]) -> list[Outcome]:
-    chosen = [each for each in run[1] if of(each)]
-    assert len(chosen) > 100
-    return [each for each in chosen if not right(each)]
-
-
-def test_none_is_refused(run: tuple[str, list[Outcome]]) -> None:
-    assert not (found := [each for each in run[1] if each["verdict"] in ("refused", "default")]), shown(found)
-
-
-def test_what_is_called_exact_is(run: tuple[str, list[Outcome]]) -> None:
-    def exact(each: Outcome) -> bool:
-        return bool(each["verdict"].startswith("exact") and each["steady"])
-
-    found = wrong(run, exact, lambda each: each["weights"] <= allowed(each, run[0]))
-    assert not found, shown(found)
-
-
-def test_what_is_called_approximate_is_within_the_size_that_was_told(run: tuple[str, list[Outcome]]) -> None:
-    def approximate(each: Outcome) -> bool:
-        return bool(each["verdict"] == "approximate" and each["steady"])
-
-    # In float32 two programs of one formula differ too.
-    found = wrong(
-        run,
-        approximate,
-        lambda each: each["way"] <= each["predicted"] or (run[0] == "float32" and each["weights"] <= ROUNDING["float32"]),
-    )
-    assert not found, shown(found)
-
-
-def test_what_is_predicted_is_not_the_sky(run: tuple[str, list[Outcome]]) -> None:
-    """A size that is told for safety's sake alone would tell nothing: the median is within two orders of what comes."""
-    told = [each for each in run[1] if each["verdict"] == "approximate" and each["steady"] and each["way"] > 1e-6]
-    ratios = sorted(each["predicted"] / each["way"] for each in told)
-    assert len(ratios) > 20 and ratios[len(ratios) // 2] < 100
-
-
-def test_on_request_all_is_exact_under_any_rate(run: tuple[str, list[Outcome]]) -> None:
-    found = wrong(
-        run,
-        lambda each: each["continuation"] == "exact",
-        lambda each: each["steady"] and each["verdict"].startswith("exact") and each["weights"] <= allowed(each, run[0]),
-    )
-    assert not found, shown(found)
-
-
-def test_the_document_says_what_is_found() -> None:
-    written = table.read((REPOSITORY / "docs" / "continuation.md").read_text())
-    assert written == [table.verdicts(outcomes("float64", "jax"), continuation) for continuation in ("stock", "exact")]
+class TestSingle(_Continued):
+    dtype, backend = "float32", "tensorflow"
