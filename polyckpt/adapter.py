@@ -70,7 +70,8 @@ class OptimizerCapture:
     framework needs to go on exactly (tree for polyckpt.residue). The rest as in schema.Optimizer. learning_rate: one, or
     one per group, None where the optimizer does not hold it. settable: hyperparameters that a live optimizer can be given;
     choices: conventions, with what they can be set to; rates: where
-    the learning rate follows a schedule, that of each group after so many updates.
+    the learning rate follows a schedule, that of each group after so many updates. wrappers: meanings of
+    slots that it will have besides those of its family, before it has any.
     """
 
     type: str
@@ -85,6 +86,7 @@ class OptimizerCapture:
     settable: frozenset[str] = frozenset()
     choices: Mapping[str, frozenset[str]] = field(default_factory=dict)
     rates: Callable[[int], tuple[float, ...]] | None = None
+    wrappers: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, kw_only=True)

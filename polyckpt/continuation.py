@@ -131,11 +131,35 @@ class _Work:
             parameters = f"{len(group.parameters)} parameter{'s' * (len(group.parameters) != 1)}"
             told = f"{label}: {self.source.type} -> {self.live.type}, step {self.step}, {parameters}"
             reports.append(GroupReport(told, tuple(items)))
+        if beside := self._beside(slots):
+            reports.append(GroupReport("beside the slots", tuple(beside)))
         continuation = Continuation(step=self.step, groups=groups, slots=slots)
         restore = self.adapter.continue_optimizer(self.optimizer, continuation, self.model, self.live_model)
         tensors = [tensor for each in slots.values() for tensor in each.values()]
         restore = replace(restore, tensors=[*restore.tensors, *tensors])
         return Continued(restore, tuple(reports), tuple(dict.fromkeys([*self.problems, *restore.problems])))
+
+    def _beside(self, slots: dict[str, dict[str, StoredTensor]]) -> list[Item]:
+        """Averages of the weights and gradients under way: what becomes of them; the averages are put into `slots`."""
+        items = []
+        averaged = [name for slot, entries in self.live.slots.items() for name in entries if self._is_average(slot)]
+        if averaged or _AVERAGE in self.live.wrappers:
+            names = averaged or [name for group in self.live.groups for name in group.parameters]
+            for name in names:
+                shape, dtype = self.plan.target.tensors[name]
+                weight = Converted(name, dtype, shape, self.made[name], self.checkpoint.weights.stored)
+                slots.setdefault(_AVERAGE, {})[name] = self._converted(_AVERAGE, name, shape, dtype) or weight
+            if _AVERAGE not in self.stored:
+                items.append(Item(_AVERAGE, Exactness.DEFAULT, "none", "the weights, from which it goes on"))
+        elif _AVERAGE in self.stored:
+            items.append(Item(_AVERAGE, Exactness.DROPPED, "one of each weight", "none"))
+        under_way = self.stored.get("gradient_accumulator", {})
+        if any(bool(tensor.numpy().any()) for tensor in under_way.values()):
+            items.append(Item("gradient_accumulator", Exactness.DROPPED, "gradients of a window under way", "a window begins"))
+        return items
+
+    def _is_average(self, slot: str) -> bool:
+        return self.live.meanings.get(slot) == _AVERAGE
 
     def _live_groups(self) -> Iterator[schema.ParameterGroup]:
         """The groups of the live optimizer with the learning rate that a schedule gives them at the step to come."""
@@ -374,6 +398,7 @@ class _Work:
 
 
 _SAMPLED = 1 << 16
+_AVERAGE = "parameter_average"
 _AVERAGED = {"row_second_moment": -1, "column_second_moment": -2}
 """Slots that lack an axis of their parameter -> which."""
 

@@ -149,6 +149,7 @@ def capture(optimizer: Any, parameters: Sequence[tuple[str, Any]]) -> OptimizerC
         learning_rate=_learning_rate(optimizer),
         settable=frozenset(settable),
         choices={} if inner.built else {"weight_decay": frozenset({"decoupled"})},
+        wrappers=frozenset({"parameter_average"}) if inner.use_ema else frozenset(),
         rates=(lambda step: (float(keras.ops.convert_to_numpy(inner._learning_rate(step))),)) if scheduled else None,
     )
 

@@ -1,0 +1,200 @@
+"""Going on in Keras, from Keras and through all three, on one backend; run by test_keras.py in a process of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import keras
+import numpy as np
+import optax
+import pytest
+import torch
+from flax import nnx
+
+import polyckpt
+from polyckpt import MismatchError
+from tests.continuation.test_going_on import Net, X, train_nnx, train_torch, torch_run
+
+Y = np.zeros((len(X), 3), "float32")
+
+
+def network(optimizer: Any = None, **settings: Any) -> Any:
+    model = keras.Sequential(
+        [keras.Input((5,)), keras.layers.Dense(7, activation="relu", **settings), keras.layers.Dense(3, **settings)]
+    )
+    if optimizer is not None:
+        model.compile(optimizer, "mse")
+    return model
+
+
+def train(model: Any, steps: int) -> None:
+    for step in range(steps):
+        # The square of outputs times (step + 1), as in the other two.
+        model.train_on_batch(X, Y, sample_weight=np.full(len(X), (step + 1.0) ** 2, "float32"))
+
+
+def close(one: Any, other: Any) -> bool:
+    return all(np.allclose(a, b, rtol=3e-5, atol=3e-6) for a, b in zip(weights(one), weights(other), strict=True))
+
+
+def weights(model: Any) -> list[np.ndarray]:
+    if isinstance(model, keras.Model):
+        return [np.asarray(each) for each in model.get_weights()]
+    if isinstance(model, torch.nn.Module):
+        return [each.detach().numpy().T for each in model.parameters()]
+    return [np.asarray(each[...]) for each in (model.first.kernel, model.first.bias, model.second.kernel, model.second.bias)]
+
+
+@pytest.fixture
+def from_torch(tmp_path: Path) -> tuple[Path, Any, Any]:
+    model, optimizer = torch_run(lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.1, eps=1e-4))
+    return polyckpt.save(tmp_path / "torch", model, optimizer, epoch=2, probe=X), model, optimizer
+
+
+def test_a_compiled_model_goes_on_exactly(from_torch: tuple[Path, Any, Any], tmp_path: Path) -> None:
+    path, model, optimizer = from_torch
+    there = network(keras.optimizers.AdamW(0.5))
+    there.fit(X, Y, verbose=0)  # compiled, and its optimizer built
+    restored = polyckpt.load(path, there, continuation="exact")
+    assert there.optimizer is restored.optimizer and restored.epoch == 2
+    train_torch(model, optimizer, 3)
+    train(there, 3)
+    assert close(model, there)
+    # Saved by polyckpt, by Keras, and resumed.
+    middle = polyckpt.save(tmp_path / "keras", there)
+    there.save(tmp_path / "whole.keras")
+    again = network(type(there.optimizer).from_config(there.optimizer.get_config()))
+    polyckpt.load(middle, again)
+    loaded = keras.models.load_model(tmp_path / "whole.keras")
+    train_torch(model, optimizer, 2)
+    for each in (there, again, loaded):
+        train(each, 2)
+    assert close(model, there)
+    for each in (again, loaded):
+        print([np.abs(a-b).max() for a, b in zip(weights(there), weights(each), strict=True)])
+    for each in (again, loaded):
+        assert all(np.array_equal(a, b) for a, b in zip(weights(there), weights(each), strict=True))
+
+
+def test_a_stock_optimizer_is_given_what_it_can_hold(from_torch: tuple[Path, Any, Any]) -> None:
+    path, _, _ = from_torch
+    there = network(keras.optimizers.AdamW(0.5))
+    with pytest.raises(MismatchError, match="epsilon of group 0: checkpoint has 0.0001 beside the root"):
+        polyckpt.load(path, there)
+    assert not there.optimizer.built
+    restored = polyckpt.load(path, there, accept={"epsilon"})
+    found = restored.optimizer
+    assert found is there.optimizer and int(keras.ops.convert_to_numpy(found.iterations)) == 5
+    assert float(keras.ops.convert_to_numpy(found.learning_rate)) == pytest.approx(0.02)
+    assert (found.weight_decay, found.epsilon) == (0.1, 1e-4)
+    # Once it is built, Keras may have compiled what it holds.
+    other = network(keras.optimizers.AdamW(0.5))
+    other.fit(X, Y, verbose=0)
+    with pytest.raises(MismatchError, match="weight_decay of group 0: checkpoint has 0.1, live object has 0.004"):
+        polyckpt.load(path, other, accept={"epsilon"})
+
+
+def test_slots_come_back_bit_for_bit_through_all_three(tmp_path: Path) -> None:
+    """Where each step is exact: Adadelta, and NAdam under a constant momentum."""
+    cases: dict[str, Any] = {
+        "adadelta": (
+            lambda p: torch.optim.Adadelta(p, lr=0.5, rho=0.95, eps=1e-7),
+            lambda: keras.optimizers.Adadelta(0.1),
+            lambda: optax.adadelta(0.5, rho=0.95, eps=1e-7),
+        ),
+        "sgd": (lambda p: torch.optim.SGD(p, lr=0.5), lambda: keras.optimizers.SGD(0.1), lambda: optax.sgd(0.5)),
+    }
+    for name, (in_torch, in_keras, in_optax) in cases.items():
+        model, optimizer = torch_run(in_torch)
+        first = polyckpt.save(tmp_path / name / "1", model, optimizer, probe=X, step=5)
+        there = network(in_keras())
+        reports = [polyckpt.load(first, there).report]
+        second = polyckpt.save(tmp_path / name / "2", there, probe=X, step=5)
+        flax = Net(1)
+        live = nnx.Optimizer(flax, in_optax(), wrt=nnx.Param)
+        reports.append(polyckpt.load(second, flax, live).report)
+        third = polyckpt.save(tmp_path / name / "3", flax, live, probe=X, step=5)
+        back, home = torch_run(in_torch, steps=0)
+        reports.append(polyckpt.load(third, back, home).report)
+        last = polyckpt.save(tmp_path / name / "4", back, home)
+        assert all(report is not None and not report.optimizer[0].items for report in reports)
+        one, other = polyckpt.inspect(first), polyckpt.inspect(last)
+        for section in ("weights", "optimizer"):
+            a, b = getattr(one, section), getattr(other, section)
+            assert set(a) == set(b)
+            assert all(a[key].tobytes() == b[key].tobytes() for key in a), (name, section)
+        assert bool(one.optimizer) == (name == "adadelta")
+
+
+def test_regularizers_are_a_coupled_decay(tmp_path: Path) -> None:
+    model, optimizer = torch_run(lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9, weight_decay=0.2))
+    path = polyckpt.save(tmp_path / "torch", model, optimizer, probe=X)
+    l2 = keras.regularizers.L2(0.1)
+    there = network(keras.optimizers.SGD(0.5, momentum=0.9), kernel_regularizer=l2, bias_regularizer=l2)
+    polyckpt.load(path, there)
+    train_torch(model, optimizer, 3)
+    for step in range(3):
+        there.train_on_batch(X, Y, sample_weight=np.full(len(X), (step + 1.0) ** 2, "float32"))
+    assert close(model, there)
+    plain = network(keras.optimizers.SGD(0.5, momentum=0.9))
+    with pytest.raises(MismatchError, match="weight_decay of group 0"):
+        polyckpt.load(path, plain)
+
+
+def test_a_schedule_gives_the_rate_of_its_step(tmp_path: Path) -> None:
+    model, optimizer = torch_run(lambda p: torch.optim.SGD(p, lr=0.4))
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5)
+    for _ in range(5):
+        scheduler.step()
+    path = polyckpt.save(tmp_path / "torch", model, optimizer, scheduler=scheduler, step=5, probe=X)
+    right = keras.optimizers.schedules.ExponentialDecay(0.4, 1, 0.5)
+    wrong = keras.optimizers.schedules.ExponentialDecay(0.4, 1, 0.6)
+    polyckpt.load(path, network(keras.optimizers.SGD(right)))
+    with pytest.raises(MismatchError, match=r"learning_rate of group 0: checkpoint has 0.0125, live object has 0.031"):
+        polyckpt.load(path, network(keras.optimizers.SGD(wrong)))
+
+
+def test_averages_of_weights_begin_with_the_weights(tmp_path: Path) -> None:
+    model, optimizer = torch_run(lambda p: torch.optim.SGD(p, lr=0.4))
+    path = polyckpt.save(tmp_path / "torch", model, optimizer, step=5, probe=X)
+    there = network(keras.optimizers.SGD(0.1, use_ema=True))
+    report = polyckpt.load(path, there).report
+    averages = [keras.ops.convert_to_numpy(each) for each in there.optimizer._model_variables_moving_average]
+    assert all(np.array_equal(a, b) for a, b in zip(averages, weights(there), strict=True))
+    assert "parameter_average: default" in str(report)
+
+
+def test_what_is_accumulated_counts_updates(tmp_path: Path) -> None:
+    model, optimizer = torch_run(lambda p: torch.optim.Adadelta(p, lr=0.4, rho=0.95, eps=1e-7))
+    path = polyckpt.save(tmp_path / "torch", model, optimizer, step=5, probe=X)
+    there = network(keras.optimizers.Adadelta(0.1, gradient_accumulation_steps=2))
+    polyckpt.load(path, there)
+    assert int(keras.ops.convert_to_numpy(there.optimizer._iterations)) == 10
+
+
+def test_keras_goes_on_in_flax(tmp_path: Path) -> None:
+    there = network(keras.optimizers.SGD(0.05, momentum=0.9))
+    train(there, 4)
+    path = polyckpt.save(tmp_path / "keras", there, probe=X)
+    for tx, continuation in (
+        (optax.sgd(0.05, 0.9), "stock"),
+        (optax.sgd(0.05, 0.9), "exact"),
+        (optax.inject_hyperparams(optax.sgd)(learning_rate=0.5, momentum=0.9), "exact"),
+    ):
+        model = Net(1)
+        live = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        polyckpt.load(path, model, live, continuation=continuation)  # type: ignore[arg-type]
+        assert np.array_equal(weights(model)[0], weights(there)[0])
+        other = network(keras.optimizers.SGD(0.05, momentum=0.9))
+        polyckpt.load(path, other)
+        train(other, 2)
+        train_nnx(model, live, 2)
+        assert close(model, other), continuation
+    # Injected, the rate can still be set by hand.
+    live.opt_state[0].hyperparams["learning_rate"][...] = jnp.asarray(0.0)
+    before = [each.copy() for each in weights(model)]
+    train_nnx(model, live, 1)
+    after = weights(model)
+    assert not all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
