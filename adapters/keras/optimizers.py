@@ -344,9 +344,8 @@ def continue_(optimizer: Any, continuation: Continuation, model: ModelCapture, s
 
 
 def use(model: Any, optimizer: Any) -> None:
-    """Let a compiled model train with another optimizer; what Keras compiled with the old one is made anew."""
-    model.optimizer = optimizer
-    model.train_function = model.test_function = model.predict_function = None
+    """Compile a model as it was, but with another optimizer."""
+    model.compile(**{**model._compile_config.config, "optimizer": optimizer}, auto_scale_loss=False)
 
 
 def _fill(variable: Any, stored: StoredTensor) -> None:

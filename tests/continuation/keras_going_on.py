@@ -73,8 +73,6 @@ def test_a_compiled_model_goes_on_exactly(from_torch: tuple[Path, Any, Any], tmp
         train(each, 2)
     assert close(model, there)
     for each in (again, loaded):
-        print([np.abs(a-b).max() for a, b in zip(weights(there), weights(each), strict=True)])
-    for each in (again, loaded):
         assert all(np.array_equal(a, b) for a, b in zip(weights(there), weights(each), strict=True))
 
 
