@@ -70,7 +70,7 @@ class OptimizerCapture:
     framework needs to go on exactly (tree for polyckpt.residue). The rest as in schema.Optimizer. learning_rate: one, or
     one per group, None where the optimizer does not hold it. settable: hyperparameters that a live optimizer can be given;
     choices: conventions, with what they can be set to; rates: where
-    the learning rate follows a schedule, that of each group after so many updates. wrappers: meanings of
+    the learning rate follows a schedule, from completed updates (n,) to those of all groups (n, groups). wrappers: meanings of
     slots that it will have besides those of its family, before it has any.
     """
 
@@ -85,7 +85,7 @@ class OptimizerCapture:
     learning_rate: float | tuple[float, ...] | None = None
     settable: frozenset[str] = frozenset()
     choices: Mapping[str, frozenset[str]] = field(default_factory=dict)
-    rates: Callable[[int], tuple[float, ...]] | None = None
+    rates: Callable[[np.ndarray], np.ndarray] | None = None
     wrappers: frozenset[str] = frozenset()
 
 
@@ -154,6 +154,20 @@ class Restore:
     problems: Sequence[Problem] = ()
     tensors: Sequence[StoredTensor] = ()
     undo: Callable[[], Any] | None = None
+
+
+class Schedule(Protocol):
+    """A learning rate scheduler beside the optimizer, whose rates follow from how often it was called."""
+
+    calls: int
+
+    def rates(self) -> Iterator[tuple[float, ...]]:
+        """The rates of all groups now, after one more call, and so on as far as it goes; the scheduler stays where it is."""
+        ...
+
+    def advance(self, calls: int) -> None:
+        """Call it so many times."""
+        ...
 
 
 class Recorder(Protocol):
@@ -240,6 +254,10 @@ class Adapter(Protocol):
 
     def continue_optimizer(self, optimizer: Any, continuation: Continuation, captured: ModelCapture, model: Any) -> Restore:
         """Prepare a live optimizer to go on where one of another framework stopped. `captured` describes the live `model`."""
+        ...
+
+    def schedule(self, value: Any) -> Schedule | None:
+        """What a scheduler says of the rates to come; None for what does not say it."""
         ...
 
     def capture_object(self, value: Any) -> tuple[str, Any] | None:

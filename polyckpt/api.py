@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import os
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -236,7 +237,9 @@ def _convert(
     options: conversion.Options,
 ) -> Restored:
     """Load into a model whose names are other ones. What only the framework that wrote it can use stays out."""
-    refused = {"scheduler": scheduler is not None, "extra": bool(extra)}
+    owner = registry.find(scheduler) if scheduler is not None else None
+    schedule = owner.schedule(scheduler) if owner else None
+    refused = {"scheduler": scheduler is not None and schedule is None, "extra": bool(extra)}
     if any(refused.values()):
         raise MismatchError(
             f"{checkpoint.path} was saved by the {checkpoint.manifest.producer.adapter} adapter from a model with other names. "
@@ -256,8 +259,11 @@ def _convert(
             verify_all(tensor for restore in values.values() for tensor in restore.tensors)
         results = _apply(values)
     probe = _probe(checkpoint, native)
-    converted = conversion.prepare(checkpoint, probe, adapter, parts.model, options, parts.optimizer)
+    followed = dataclasses.replace(options, schedule=schedule)
+    converted = conversion.prepare(checkpoint, probe, adapter, parts.model, followed, parts.optimizer)
     restored, continued, report, problems = converted.run()
+    if scheduler is not None:
+        results["scheduler"] = scheduler
     return _restored(checkpoint, parts, restored, continued, results, problems, report)
 
 

@@ -5,6 +5,7 @@ Nothing is written here: what comes out is prepared by the adapter of the live o
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from polyckpt import schema, updates
-from polyckpt.adapter import Adapter, Continuation, ContinuedGroup, ModelCapture, OptimizerCapture, Restore
+from polyckpt.adapter import Adapter, Continuation, ContinuedGroup, ModelCapture, OptimizerCapture, Restore, Schedule
 from polyckpt.checkpoint import Checkpoint, StoredTensor
 from polyckpt.converted import Converted, Made
 from polyckpt.dtypes import lookup, widens
@@ -28,7 +29,7 @@ from polyckpt.updates import Form
 STOCK, EXACT = "stock", "exact"
 """What to pass as `continuation`: the optimizer follows its own formula, or that of the one in the checkpoint."""
 
-ASPECTS = frozenset({"rate", "max_second_moment", "folded", "factored", "slots"})
+ASPECTS = frozenset({"rate", "schedule", "max_second_moment", "folded", "factored", "slots"})
 """What else than a hyperparameter can be accepted by name."""
 
 _SECTION = "optimizer"
@@ -58,12 +59,15 @@ class Continued:
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the caller said about it: accepted by name, tolerated size, whether exact, and whether slots may be rounded."""
+    """What the caller said about it: accepted by name, tolerated size, whether exact, whether slots may be rounded, and the
+    schedule that stands beside the live optimizer.
+    """
 
     accept: frozenset[str] = frozenset()
     tolerance: float | None = None
     exact: bool = False
     cast: bool = False
+    schedule: Schedule | None = None
 
 
 def prepare(
@@ -72,10 +76,61 @@ def prepare(
     """Everything that a live optimizer needs to go on, compared with what it is."""
     live = adapter.capture_optimizer(optimizer, captured)
     source = checkpoint.manifest.optimizer
+    calls = 0
+    if wishes.schedule is not None and source is not None:
+        if wishes.schedule.calls:
+            told = f"called {wishes.schedule.calls} times already: pass a new one"
+            problem = Problem("value", "scheduler", "calls", stored="none", live=told)
+            return Continued(Restore(apply=lambda: optimizer), (), (problem,))
+        live, calls = _followed(live, wishes.schedule, checkpoint.manifest, source)
     problems = list(_strangers(source, live))
     if problems or source is None:
         return Continued(Restore(apply=lambda: optimizer), (), tuple(problems))
-    return _Work(checkpoint, source, plan, adapter, optimizer, model, captured, live, wishes).prepared()
+    continued = _Work(checkpoint, source, plan, adapter, optimizer, model, captured, live, wishes).prepared()
+    return (
+        continued
+        if wishes.schedule is None
+        else replace(continued, restore=_advanced(continued.restore, wishes.schedule, calls))
+    )
+
+
+def _followed(
+    live: OptimizerCapture, schedule: Schedule, manifest: schema.Manifest, source: schema.Optimizer
+) -> tuple[OptimizerCapture, int]:
+    """A live optimizer with the rates of a scheduler beside it, and how often that must be called to be where the run is.
+
+    A scheduler is called at each update or at each epoch; the rate of the checkpoint tells which.
+    """
+    step = source.step if source.step is not None else manifest.progress.step or 0
+    epoch, rate = manifest.progress.epoch, manifest.learning_rate
+    stored = rate[0] if isinstance(rate, tuple) else rate
+    per_call = [1]
+    if epoch and step % epoch == 0 and step != epoch:
+        per_call.append(step // epoch)
+    ahead = [max(step // each for each in per_call) + (source.rates.updates[-1] if source.rates else 0)]
+    values = np.array(list(itertools.islice(schedule.rates(), ahead[0] + 1)))
+    chosen = next(
+        (
+            each
+            for each in per_call
+            if stored is not None and math.isclose(values[step // each][0], schema.from_number(stored), rel_tol=1e-5)
+        ),
+        1,
+    )
+
+    def rates(steps: np.ndarray) -> np.ndarray:
+        return np.asarray(values[np.minimum(steps // chosen, len(values) - 1)])
+
+    return replace(live, rates=rates, settable=live.settable - {"learning_rate"}), step // chosen
+
+
+def _advanced(restore: Restore, schedule: Schedule, calls: int) -> Restore:
+    def apply() -> Any:
+        optimizer = restore.apply()
+        schedule.advance(calls)
+        return optimizer
+
+    return replace(restore, apply=apply)
 
 
 def _strangers(source: schema.Optimizer | None, live: OptimizerCapture) -> Iterator[Problem]:
@@ -139,6 +194,36 @@ class _Work:
         restore = replace(restore, tensors=[*restore.tensors, *tensors])
         return Continued(restore, tuple(reports), tuple(dict.fromkeys([*self.problems, *restore.problems])))
 
+    def _scheduled(self, index: int, source: int) -> list[Item]:
+        """What becomes of the schedule of the learning rate: its further values are compared one by one."""
+        there, here = self.source.rates, self.live.rates
+        values = [schema.from_number(each[source]) for each in there.values] if there else []
+        varies = any(value != values[0] for value in values)
+        if there is not None and here is not None:
+            largest = max(map(abs, values))
+            found = here(np.array(there.updates) + self.step)[:, index]
+            for ahead, stored, live in zip(there.updates, values, found, strict=True):
+                if not math.isclose(stored, live, rel_tol=1e-5, abs_tol=1e-6 * largest):
+                    if "schedule" not in self.wishes.accept:
+                        told = f"{live:g}: pass accept={{'schedule'}} to follow this one from here on"
+                        problem = Problem(
+                            "value",
+                            _SECTION,
+                            f"schedule of group {index} at step {self.step + ahead}",
+                            stored=f"{stored:g}",
+                            live=told,
+                        )
+                        self.problems.append(problem)
+                    stored_text, live_text = (f"{rate:g} at step {self.step + ahead}" for rate in (stored, live))
+                    return [Item("schedule", Exactness.APPROXIMATE, stored_text, live_text)]
+            return [
+                Item("schedule", Exactness.EXACT, f"{len(values)} rates up to step {self.step + there.updates[-1]}", "the same")
+            ]
+        if varies and there is not None:
+            told = f"from {values[0]:g} to {values[-1]:g} in {there.updates[-1]} updates"
+            return [Item("schedule", Exactness.DROPPED, told, "a rate that stays")]
+        return [Item("schedule", Exactness.DEFAULT, "not told", "its own")] if here is not None and there is None else []
+
     def _beside(self, slots: dict[str, dict[str, StoredTensor]]) -> list[Item]:
         """Averages of the weights and gradients under way: what becomes of them; the averages are put into `slots`."""
         items = []
@@ -163,9 +248,9 @@ class _Work:
 
     def _live_groups(self) -> Iterator[schema.ParameterGroup]:
         """The groups of the live optimizer with the learning rate that a schedule gives them at the step to come."""
-        rates = self.live.rates(self.step) if self.live.rates else ()
+        rates = self.live.rates(np.array([self.step]))[0] if self.live.rates else None
         for index, group in enumerate(self.live.groups):
-            scheduled = {"learning_rate": rates[index]} if rates else {}
+            scheduled = {"learning_rate": float(rates[index])} if rates is not None else {}
             yield schema.ParameterGroup(parameters=group.parameters, hyperparameters={**group.hyperparameters, **scheduled})
 
     def _group(
@@ -181,6 +266,7 @@ class _Work:
         first = translated[sources[0]]
         for each in sources[1:]:
             self._agree(index, first, translated[each])
+        items += self._scheduled(index, sources[0])
         form = None
         if self.wishes.exact and any(
             item.size is not None or item.exactness == Exactness.CONSTANT_RATE for item in first.items

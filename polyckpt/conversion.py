@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from polyckpt import continuation, formulas, parity, plans
-from polyckpt.adapter import Adapter, ModelCapture, Restore, StoredModel
+from polyckpt.adapter import Adapter, ModelCapture, Restore, Schedule, StoredModel
 from polyckpt.checkpoint import Checkpoint, StoredTensor, verify_all
 from polyckpt.continuation import Continued, GroupReport, Wishes
 from polyckpt.converted import Converted, Held
@@ -66,6 +66,7 @@ class Options:
     accept: Collection[str] = ()
     apply: Callable[..., Any] | None = None
     continuation: str = continuation.STOCK
+    schedule: Schedule | None = None
 
     def __post_init__(self) -> None:
         """Raises PlanError for what nobody can accept, a misspelt name above all."""
@@ -153,6 +154,7 @@ class Conversion:
             self.options.tolerance,
             exact=self.options.continuation == continuation.EXACT,
             cast=self.options.cast,
+            schedule=self.options.schedule,
         )
         return continuation.prepare(self.checkpoint, self.plan, self.adapter, self.optimizer, self.model, self.captured, wishes)
 

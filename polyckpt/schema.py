@@ -12,7 +12,7 @@ import msgspec
 
 FORMAT_NAME = "polyckpt"
 FORMAT_MAJOR = 1
-FORMAT_MINOR = 1
+FORMAT_MINOR = 2
 
 
 class NonFinite(msgspec.Struct, frozen=True, kw_only=True):
@@ -94,8 +94,18 @@ class Slot(msgspec.Struct, frozen=True, kw_only=True):
     tensors: dict[str, str]
 
 
+class Rates(msgspec.Struct, frozen=True, kw_only=True):
+    """What a schedule has to come: `values[i]` is the learning rate of each group `updates[i]` updates after the save."""
+
+    updates: tuple[Count, ...]
+    values: tuple[tuple[Number, ...], ...]
+
+
 class Optimizer(msgspec.Struct, frozen=True, kw_only=True):
-    """The described optimizer. `step` counts completed updates, None where the producer keeps no count."""
+    """The described optimizer. `step` counts completed updates, None where the producer keeps no count.
+
+    rates: where a schedule is known, from format 1.2 on.
+    """
 
     type: str
     family: str
@@ -103,6 +113,7 @@ class Optimizer(msgspec.Struct, frozen=True, kw_only=True):
     groups: tuple[ParameterGroup, ...] = ()
     step: Count | None = None
     slots: dict[str, Slot] = {}
+    rates: Rates | None = None
 
 
 class Progress(msgspec.Struct, frozen=True, kw_only=True):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import datetime
-from collections.abc import Callable, Iterable, Mapping
+import itertools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from polyckpt import __version__, manifest, objects, parity, registry, residue, schema
 from polyckpt.adapter import OptimizerCapture
@@ -92,7 +95,8 @@ def capture(
         arguments = parity.arguments_of(probe)
         native["probe"] = parity.encode(parity.Probe(arguments, parity.record(adapter, parts.model, arguments, apply)))
     native["rng"] = {name: tree for name, each in adapters.items() if (tree := each.capture_rng()) is not None}
-    described = _describe_optimizer(optimized, sections) if optimized else None
+    done = count(step, "step"), count(epoch, "epoch")
+    described = _describe_optimizer(optimized, sections, _rates(optimized, scheduler, *done)) if optimized else None
     encoded = residue.encode(native, leaf=_encode_leaf, add_tensor=sections.add_state, path=())
     if lr is None and optimized:
         lr = optimized.learning_rate
@@ -120,7 +124,36 @@ def numbers(metrics: Mapping[str, Scalar] | None) -> dict[str, float]:
     return {text(name, "metrics"): scalar(value, f"metrics[{name!r}]") for name, value in (metrics or {}).items()}
 
 
-def _describe_optimizer(captured: OptimizerCapture, sections: Sections) -> schema.Optimizer:
+_AHEAD = (*range(64), *(round(64 * 1.1**power) for power in range(1, 30)))
+"""The updates, or calls of a scheduler, whose rates are stored: the next ones, and then ever fewer up to a thousand."""
+
+
+def _rates(optimized: OptimizerCapture, scheduler: Any, step: int | None, epoch: int | None) -> schema.Rates | None:
+    """The learning rates to come, where a schedule tells them."""
+    step = optimized.step if optimized.step is not None else step
+    if optimized.rates is not None and step is not None:
+        return _stored_rates(_AHEAD, optimized.rates(np.array(_AHEAD) + step).tolist())
+    owner = registry.find(scheduler) if scheduler is not None else None
+    schedule = owner.schedule(scheduler) if owner else None
+    if schedule is None or (per_call := updates_per_call(schedule.calls, step, epoch)) is None:
+        return None
+    values = list(itertools.islice(schedule.rates(), _AHEAD[-1] + 1))
+    calls = [ahead for ahead in _AHEAD if ahead < len(values)]
+    return _stored_rates([ahead * per_call for ahead in calls], [values[ahead] for ahead in calls])
+
+
+def updates_per_call(calls: int, step: int | None, epoch: int | None) -> int | None:
+    """How many updates there are to a call of a scheduler, told by how often it was called; None where that tells nothing."""
+    if not step or calls == step:
+        return 1 if calls == (step or 0) else None
+    return step // calls if calls and calls == epoch and step % calls == 0 else None
+
+
+def _stored_rates(updates: Sequence[int], values: Sequence[Sequence[float]]) -> schema.Rates:
+    return schema.Rates(updates=tuple(updates), values=tuple(tuple(map(schema.to_number, each)) for each in values))
+
+
+def _describe_optimizer(captured: OptimizerCapture, sections: Sections, rates: schema.Rates | None) -> schema.Optimizer:
     slots = {}
     for slot, tensors in captured.slots.items():
         keys = {parameter: sections.add("optimizer", f"{slot}/{parameter}", leaf) for parameter, leaf in tensors.items()}
@@ -132,6 +165,7 @@ def _describe_optimizer(captured: OptimizerCapture, sections: Sections) -> schem
         groups=tuple(captured.groups),
         step=captured.step,
         slots=slots,
+        rates=rates,
     )
 
 

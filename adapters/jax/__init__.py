@@ -21,6 +21,7 @@ from polyckpt.adapter import (
     Parts,
     Recorder,
     Restore,
+    Schedule,
     StoredModel,
     StoredOptimizer,
     another_kind,
@@ -104,6 +105,9 @@ class JaxAdapter:
 
     def continue_optimizer(self, optimizer: Any, continuation: Continuation, captured: ModelCapture, model: Any) -> Restore:
         return optimizers.continue_(optimizer, continuation, captured, model)
+
+    def schedule(self, value: Any) -> Schedule | None:
+        return None
 
     def capture_object(self, value: Any) -> tuple[str, Any] | None:
         trees.check_depth(value, "extra")

@@ -166,14 +166,23 @@ def capture(optimizer: Any, model: ModelCapture) -> OptimizerCapture:
         },
         learning_rate=told.learning_rate if told else rates[0] if len(rates) == 1 else None,
         settable=told.settable if told else frozenset(),
-        rates=(lambda step: _rates_at(step, optimizer, state, prefix, model)) if told and told.scheduled else None,
+        rates=(lambda steps: _rates(told, steps)) if told and told.scheduled else None,
     )
 
 
-def _rates_at(step: int, optimizer: Any, state: Any, prefix: str | None, model: ModelCapture) -> tuple[float, ...]:
-    told = _told(optimizer, state, prefix, model, step)
-    assert told is not None
-    return told.learning_rate if isinstance(told.learning_rate, tuple) else (told.learning_rate,)
+def _rates(told: _Told, steps: np.ndarray) -> np.ndarray:
+    """The learning rates of all groups after each of `steps` updates."""
+    columns = []
+    for each in told.described:
+        if each.rate is None:
+            found: Any = each.hyperparameters["learning_rate"]
+        else:
+            try:
+                found = jax.vmap(each.rate)(jax.numpy.asarray(steps))
+            except Exception:  # one that computes with Python's numbers
+                found = [float(each.rate(int(step))) for step in steps]
+        columns.append(np.broadcast_to(np.asarray(found, np.float64), steps.shape))
+    return np.stack(columns, axis=1)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,6 +19,7 @@ from polyckpt.adapter import (
     Parts,
     Recorder,
     Restore,
+    Schedule,
     StoredModel,
     StoredOptimizer,
     another_kind,
@@ -98,6 +99,9 @@ class KerasAdapter:
 
     def continue_optimizer(self, optimizer: Any, continuation: Continuation, captured: ModelCapture, model: Any) -> Restore:
         return optimizers.continue_(optimizer, continuation, captured, "optimizer")
+
+    def schedule(self, value: Any) -> Schedule | None:
+        return None
 
     def capture_object(self, value: Any) -> tuple[str, Any] | None:
         return next(((kind, capture(value)) for kind, (cls, capture, _) in _OBJECTS.items() if isinstance(value, cls)), None)

@@ -132,12 +132,13 @@ def capture(optimizer: Any, parameters: Sequence[tuple[str, Any]]) -> OptimizerC
     settable = frozenset() if scheduled else {"learning_rate"}
     if not inner.built and row and not isinstance(inner, Continued):
         settable |= {*row.keys, "weight_decay"}
+    groups = _groups(optimizer, row, trained or _trainable(parameters))
     return OptimizerCapture(
         type=type_name(optimizer),
         family=row.family if row else optimizers.CUSTOM,
         slots=slots,
         meanings={slot: _meaning(slot, row) for slot in slots},
-        groups=_groups(optimizer, row, trained or _trainable(parameters)),
+        groups=groups,
         conventions=_conventions(inner, row, state, [variable for _, variable in trained or _trainable(parameters)]),
         step=int(keras.ops.convert_to_numpy(inner.iterations)),
         native={
@@ -150,8 +151,17 @@ def capture(optimizer: Any, parameters: Sequence[tuple[str, Any]]) -> OptimizerC
         settable=frozenset(settable),
         choices={} if inner.built else {"weight_decay": frozenset({"decoupled"})},
         wrappers=frozenset({"parameter_average"}) if inner.use_ema else frozenset(),
-        rates=(lambda step: (float(keras.ops.convert_to_numpy(inner._learning_rate(step))),)) if scheduled else None,
+        rates=(lambda steps: _rates(inner._learning_rate, steps, groups)) if scheduled else None,
     )
+
+
+def _rates(schedule: Any, steps: np.ndarray, groups: Sequence[ParameterGroup]) -> np.ndarray:
+    """What a schedule gives for each of `steps`, the same to all groups."""
+    try:
+        found = keras.ops.convert_to_numpy(schedule(keras.ops.convert_to_tensor(steps)))
+    except Exception:  # one that decides by the step, which must then be a single one
+        found = np.array([float(keras.ops.convert_to_numpy(schedule(int(step)))) for step in steps])
+    return np.repeat(np.broadcast_to(found, steps.shape)[:, None], len(groups), axis=1).astype(np.float64)
 
 
 def _groups(optimizer: Any, row: Row | None, trained: Sequence[tuple[str, Any]]) -> list[ParameterGroup]:

@@ -17,6 +17,7 @@ from polyckpt.adapter import (
     Parts,
     Recorder,
     Restore,
+    Schedule,
     StoredModel,
     StoredOptimizer,
     another_kind,
@@ -63,6 +64,9 @@ class NumpyAdapter:
 
     def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]]) -> Restore:
         return _prepare_tree(optimizer, stored.slots.get(_SLOTS, {}), stored.native, "optimizer")
+
+    def schedule(self, value: Any) -> Schedule | None:
+        return None
 
     def capture_object(self, value: Any) -> tuple[str, Any] | None:
         if isinstance(value, random.SystemRandom):

@@ -17,11 +17,12 @@ from polyckpt.adapter import (
     Parts,
     Recorder,
     Restore,
+    Schedule,
     StoredModel,
     StoredOptimizer,
     another_kind,
 )
-from polyckpt.adapters.torch import modules, optimizers, rng, tensors, tracing
+from polyckpt.adapters.torch import modules, optimizers, rng, schedulers, tensors, tracing
 from polyckpt.checkpoint import StoredTensor
 from polyckpt.errors import UnsupportedError
 from polyckpt.leaves import Leaf
@@ -70,6 +71,9 @@ class TorchAdapter:
 
     def continue_optimizer(self, optimizer: Any, continuation: Continuation, captured: ModelCapture, model: Any) -> Restore:
         return optimizers.continue_(optimizer, continuation, captured.parameters, "optimizer")
+
+    def schedule(self, value: Any) -> Schedule | None:
+        return schedulers.schedule(value)
 
     def capture_object(self, value: Any) -> tuple[str, Any] | None:
         for kind, (cls, capture, _) in _OBJECTS.items():

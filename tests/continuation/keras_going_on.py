@@ -15,7 +15,7 @@ from flax import nnx
 
 import polyckpt
 from polyckpt import MismatchError
-from tests.continuation.test_going_on import Net, X, train_nnx, train_torch, torch_run
+from tests.continuation.test_going_on import Net, X, torch_run, train_nnx, train_torch
 
 Y = np.zeros((len(X), 3), "float32")
 
@@ -79,7 +79,7 @@ def test_a_compiled_model_goes_on_exactly(from_torch: tuple[Path, Any, Any], tmp
 def test_a_stock_optimizer_is_given_what_it_can_hold(from_torch: tuple[Path, Any, Any]) -> None:
     path, _, _ = from_torch
     there = network(keras.optimizers.AdamW(0.5))
-    with pytest.raises(MismatchError, match="epsilon of group 0: checkpoint has 0.0001 beside the root"):
+    with pytest.raises(MismatchError, match=r"epsilon of group 0: checkpoint has 0.0001 beside the root"):
         polyckpt.load(path, there)
     assert not there.optimizer.built
     restored = polyckpt.load(path, there, accept={"epsilon"})
@@ -90,7 +90,7 @@ def test_a_stock_optimizer_is_given_what_it_can_hold(from_torch: tuple[Path, Any
     # Once it is built, Keras may have compiled what it holds.
     other = network(keras.optimizers.AdamW(0.5))
     other.fit(X, Y, verbose=0)
-    with pytest.raises(MismatchError, match="weight_decay of group 0: checkpoint has 0.1, live object has 0.004"):
+    with pytest.raises(MismatchError, match=r"weight_decay of group 0: checkpoint has 0.1, live object has 0.004"):
         polyckpt.load(path, other, accept={"epsilon"})
 
 

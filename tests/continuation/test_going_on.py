@@ -1,4 +1,4 @@
-"""Going on in another framework, as its users do it: chains, groups, schedules, wrappers, what is refused and what comes back."""
+"""Going on in another framework, as its users do it: groups, hooks, what is refused and what comes back."""
 
 from __future__ import annotations
 
@@ -246,7 +246,7 @@ def test_groups_go_to_groups(tmp_path: Path) -> None:
     assert close(model, there)
     # One group for both is one decay for both.
     one = Net(1)
-    with pytest.raises(MismatchError, match="weight_decay of group 0: checkpoint has 0.1 and 0"):
+    with pytest.raises(MismatchError, match=r"weight_decay of group 0: checkpoint has 0.1 and 0"):
         polyckpt.load(path, one, nnx.Optimizer(one, optax.adamw(0.02, weight_decay=0.1), wrt=nnx.Param))
 
 
