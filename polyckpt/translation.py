@@ -128,7 +128,7 @@ def translate(source: Form, live: Live, step: int, samples: Sequence[Sample]) ->
     values = dict(form.hyperparameters)
     for name in sorted((values.keys() | live.form.hyperparameters.keys()) - _PAST):
         value, held = form.value(name), live.form.value(name)
-        if value is None or value == held or _same(value, held) or (name in live.settable and name not in STRUCTURAL):
+        if value is None or value == held or _same(value, held, _PRECISION.get(name, 1e-6)) or (name in live.settable and name not in STRUCTURAL):
             continue
         differences.append(Difference(name, value, "none" if held is None else held))
     return Translated(form, slots, items, differences)
@@ -156,10 +156,14 @@ def _told(told: tuple[str, str, str], exactness: Exactness, size: float | None =
     return Item(name, exactness, stored, here, size, remedy)
 
 
-def _same(one: Any, other: Any) -> bool:
+_PRECISION = {"learning_rate": 1e-5}
+"""How close a hyperparameter must be, relatively: libraries hold them in float32, and compute schedules in it."""
+
+
+def _same(one: Any, other: Any, precision: float) -> bool:
     if isinstance(one, bool) or isinstance(other, bool) or one is None or other is None:
         return bool(one == other)
-    return math.isclose(one, other, rel_tol=1e-6, abs_tol=0.0)  # libraries hold them in float32
+    return math.isclose(one, other, rel_tol=precision, abs_tol=0.0)
 
 
 def _with(form: Form, conventions: Mapping[str, str] | None = None, **values: Any) -> Form:
