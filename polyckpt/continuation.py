@@ -23,7 +23,7 @@ from polyckpt.layouts import Piece
 from polyckpt.moves import Exactness, Move
 from polyckpt.optimizers import CUSTOM, LINEAR, STRUCTURAL, UNUSED, factored
 from polyckpt.plans import Plan
-from polyckpt.translation import Affine, Item, Live, Sample, Translated, translate
+from polyckpt.translation import Affine, Item, Live, Sample, Translated, shown, translate
 from polyckpt.updates import Form
 
 STOCK, EXACT = "stock", "exact"
@@ -283,7 +283,7 @@ class _Work:
             if not self._slots_of(name, owners.get(name), form or first.form, first.slots, slots):
                 missing.append(name)
         if missing:
-            self._incomplete(missing, owners, items)
+            self._incomplete(missing, items)
         held = group.hyperparameters
         values = {
             name: value
@@ -324,7 +324,7 @@ class _Work:
         tolerance = _TOLERANCE if self.wishes.tolerance is None else self.wishes.tolerance
         for item in translated.items:
             if item.size is not None and item.size > tolerance and item.name not in self.wishes.accept:
-                way = f"{item.live}, which differs by {item.size:.1e} of the way that the weights go: "
+                way = f"{item.live}, which differs ({shown(item.size)}): "
                 way += f"{item.remedy}, or " if item.remedy else ""
                 live = f"{way}pass accept={{{item.name!r}}}"
                 self.problems.append(Problem("value", _SECTION, f"{item.name} of group {index}", stored=item.stored, live=live))
@@ -334,9 +334,9 @@ class _Work:
                 problem = Problem("value", _SECTION, f"{each.name} of group {index}", stored=str(each.stored), live=live)
                 self.problems.append(problem)
 
-    def _incomplete(self, missing: Sequence[str], owners: Mapping[str, str], items: list[Item]) -> None:
-        """Parameters that do not have all their slots from the checkpoint one by one."""
-        folded = [name for name in missing if name in owners and self._is_folded(name)]
+    def _incomplete(self, missing: Sequence[str], items: list[Item]) -> None:
+        """Parameters whose slots do not all come one by one from the checkpoint."""
+        folded = [name for name in missing if name in self.made and self._is_folded(name)]
         others = [name for name in missing if name not in folded]
         if folded:
             here = "another number of parameters for the same, which move at another pace"
@@ -546,4 +546,5 @@ def _part(meaning: str, slot: np.ndarray, shape: tuple[int, ...], box: tuple[sli
 
 
 def _shown(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {value}" for name, value in sorted(values.items()))
+    numbers = {name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in values.items()}
+    return ", ".join(f"{name} {text}" for name, text in sorted(numbers.items()))

@@ -43,7 +43,7 @@ class Item:
     """What becomes of one aspect of an optimizer.
 
     name: what `accept=` calls it. stored, live: the aspect in the checkpoint, and here. size: by how much what is computed
-    differs, relative to the way that the weights go; None where nothing does. remedy: what would make it exact.
+    differs, relative to the way that the weights go; None where nothing does, infinite where nobody can tell. remedy: what would make it exact.
     """
 
     name: str
@@ -54,9 +54,14 @@ class Item:
     remedy: str = ""
 
     def __str__(self) -> str:
-        size = "" if self.size is None else f", {self.size:.1e} of the way that the weights go"
+        size = "" if self.size is None else f", {shown(self.size)}"
         remedy = f"; {self.remedy}" if self.remedy else ""
         return f"{self.name}: {self.exactness}{size}: {self.stored} in the checkpoint, {self.live} here{remedy}"
+
+
+def shown(size: float) -> str:
+    """A size for people."""
+    return f"{size:.1e} of the way that the weights go" if math.isfinite(size) else "by how much cannot be told"
 
 
 @dataclass(frozen=True)
@@ -128,7 +133,12 @@ def translate(source: Form, live: Live, step: int, samples: Sequence[Sample]) ->
     values = dict(form.hyperparameters)
     for name in sorted((values.keys() | live.form.hyperparameters.keys()) - _PAST):
         value, held = form.value(name), live.form.value(name)
-        if value is None or value == held or _same(value, held, _PRECISION.get(name, 1e-6)) or (name in live.settable and name not in STRUCTURAL):
+        if (
+            value is None
+            or value == held
+            or _same(value, held, _PRECISION.get(name, 1e-6))
+            or (name in live.settable and name not in STRUCTURAL)
+        ):
             continue
         differences.append(Difference(name, value, "none" if held is None else held))
     return Translated(form, slots, items, differences)
