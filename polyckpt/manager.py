@@ -180,6 +180,7 @@ class CheckpointManager:
         extra: Mapping[str, Any] | None = None,
         probe: Any = None,
         apply: Callable[..., Any] | None = None,
+        tx: Any = None,
         force: bool = False,
     ) -> Path | None:
         """Tell where training is, and save it if that is due; returns the path of the checkpoint, or None.
@@ -219,6 +220,7 @@ class CheckpointManager:
             extra=extra,
             probe=probe,
             apply=apply,
+            tx=tx,
         )
         if self._async and not preempted:
             captured.stage(self._staging)
