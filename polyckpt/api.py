@@ -264,7 +264,17 @@ def _convert(
     restored, continued, report, problems = converted.run()
     if scheduler is not None:
         results["scheduler"] = scheduler
+    report = dataclasses.replace(report, left_out=list(_left_out(native)))
     return _restored(checkpoint, parts, restored, continued, results, problems, report)
+
+
+def _left_out(native: Mapping[str, Any]) -> Iterator[str]:
+    """The objects with state that a conversion does not bring along, by name."""
+    for name, entry in (native.get("extra") or {}).items():
+        if entry["kind"] != objects.VALUE:
+            yield f"extra {name}, the state of a {entry['type']}"
+    if entry := native.get("scheduler"):
+        yield f"the state of the scheduler, a {entry['type']}: its rates are compared where they are known"
 
 
 def _restored(

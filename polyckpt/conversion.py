@@ -35,8 +35,8 @@ _MAX_RUNS = 200
 
 @dataclass(frozen=True)
 class Report:
-    """What a conversion did: its rows, what differs between the models, how their outputs compare (None: not seen), and what
-    became of each group of the optimizer.
+    """What a conversion did: its rows, what differs between the models, how their outputs compare (None: not seen), what
+    became of each group of the optimizer, and what of the checkpoint only the framework that wrote it can use.
     """
 
     summary: str
@@ -44,12 +44,14 @@ class Report:
     notes: Sequence[str]
     parity: Comparison | None
     optimizer: Sequence[GroupReport] = ()
+    left_out: Sequence[str] = ()
 
     def __str__(self) -> str:
         lines = plans.table([(row.target, row.source, row.how, str(row.exactness)) for row in self.rows])
         proof = f"parity: {self.parity or 'not compared, the checkpoint holds no probe that could be run'}"
         notes = [f"differs: {note}" for note in self.notes]
-        return "\n".join([self.summary, *lines, *notes, proof, *map(str, self.optimizer)])
+        left = [f"left out: {each}" for each in self.left_out]
+        return "\n".join([self.summary, *lines, *notes, proof, *map(str, self.optimizer), *left])
 
 
 @dataclass(frozen=True, kw_only=True)

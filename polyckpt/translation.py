@@ -43,8 +43,8 @@ class Item:
     """What becomes of one aspect of an optimizer.
 
     name: what `accept=` calls it. stored, live: the aspect in the checkpoint, and here. size: by how much what is computed
-    differs, relative to the way that the weights go; None where nothing does, infinite where nobody can tell. remedy: what would
-    make it exact.
+    differs, relative to the way that the weights go; None where nothing does, infinite where nobody can tell. remedy: what
+    would make it exact.
     """
 
     name: str

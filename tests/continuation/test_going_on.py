@@ -403,3 +403,59 @@ def test_two_biases_for_one_move_at_another_pace(biases: str, tmp_path: Path) ->
     with pytest.raises(MismatchError, match=r"accept=\{'folded'\}"):
         polyckpt.load(path, *arguments)
     assert "folded: approximate, by how much cannot be told" in str(polyckpt.load(path, *arguments, accept={"folded"}).report)
+
+
+def test_what_only_its_own_framework_can_use_is_named(tmp_path: Path) -> None:
+    model, optimizer = torch_run(lambda p: torch.optim.AdamW(p, lr=0.02, weight_decay=0.1))
+    average = torch.optim.swa_utils.AveragedModel(model)
+    extra = {"scaler": torch.amp.GradScaler("cpu"), "ema": average, "number": 3}
+    path = polyckpt.save(tmp_path / "torch", model, optimizer, extra=extra, probe=X)
+    there = Net(1)
+    restored = polyckpt.load(path, there, nnx.Optimizer(there, optax.adamw(0.02, weight_decay=0.1), wrt=nnx.Param))
+    assert restored.extra == {"number": 3} and restored.report is not None
+    assert [each.split(",")[0] for each in restored.report.left_out] == ["extra scaler", "extra ema"]
+    assert "left out: extra scaler, the state of a torch.amp.grad_scaler.GradScaler" in str(restored.report)
+
+
+def test_a_flipped_bit_in_a_slot_is_found_before_anything_is_written(adamw: tuple[Path, Any, Any]) -> None:
+    path, _, _ = adamw
+    file = path / "optimizer.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-5] ^= 4
+    file.write_bytes(data)
+    there = Net(1)
+    before = [each.copy() for each in weights(there)]
+    live = nnx.Optimizer(there, optax.adamw(0.02, weight_decay=0.1), wrt=nnx.Param)
+    with pytest.raises(polyckpt.CorruptError, match="changed after they were written"):
+        polyckpt.load(path, there, live)
+    assert all(np.array_equal(a, b) for a, b in zip(before, weights(there), strict=True)) and int(live.step[...]) == 0
+
+
+def test_what_accumulates_or_skips_goes_on_inside(adamw: tuple[Path, Any, Any]) -> None:
+    path, model, optimizer = adamw
+    inner = optax.adamw(0.02, weight_decay=0.1)
+    there, other = Net(1), Net(2)
+    several = nnx.Optimizer(there, optax.MultiSteps(inner, 2), wrt=nnx.Param)
+    polyckpt.load(path, there, several)
+    assert int(several.opt_state.gradient_step[...]) == int(several.opt_state.inner_opt_state[0].count[...]) == 5
+    finite = nnx.Optimizer(other, optax.apply_if_finite(optax.chain(optax.clip(1e9), inner), 3), wrt=nnx.Param)
+    polyckpt.load(path, other, finite)
+    train_torch(model, optimizer, 3)
+    train_nnx(other, finite, 3)
+    assert close(model, other)
+
+
+def test_a_wider_type_is_rounded_on_request_only(tmp_path: Path) -> None:
+    model = torch.nn.Linear(5, 3)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
+    train_torch(model, optimizer, 2)
+    path = polyckpt.save(tmp_path / "torch", model, optimizer)
+    there = nnx.Linear(5, 3, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    live = nnx.Optimizer(there, optax.adam(0.02), wrt=nnx.Param)
+    with pytest.raises(
+        MismatchError, match=r"second_moment of kernel: checkpoint has float32\[3, 5\], live object has bfloat16"
+    ):
+        polyckpt.load(path, there, live)
+    polyckpt.load(path, there, live, cast=True)
+    rounded = optimizer.state[model.weight]["exp_avg"].bfloat16().float().numpy().T
+    assert np.array_equal(np.asarray(live.opt_state[0].mu["kernel"][...], np.float32), rounded)
