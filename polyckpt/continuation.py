@@ -107,13 +107,15 @@ def _followed(
     per_call = [1]
     if epoch and step % epoch == 0 and step != epoch:
         per_call.append(step // epoch)
-    ahead = [max(step // each for each in per_call) + (source.rates.updates[-1] if source.rates else 0)]
-    values = np.array(list(itertools.islice(schedule.rates(), ahead[0] + 1)))
+    ahead = step + (source.rates.updates[-1] if source.rates else 0)
+    values = np.array(list(itertools.islice(schedule.rates(), ahead + 1)))
     chosen = next(
         (
             each
             for each in per_call
-            if stored is not None and math.isclose(values[step // each][0], schema.from_number(stored), rel_tol=1e-5)
+            if stored is not None
+            and step // each < len(values)
+            and math.isclose(values[step // each][0], schema.from_number(stored), rel_tol=1e-5)
         ),
         1,
     )
@@ -179,8 +181,12 @@ class _Work:
         if needs_step and self.source.step is None:
             live = "one count for all: load what differs apart"
             self.problems.append(Problem("value", _SECTION, "step", stored="parameters of several steps", live=live))
-        for index, group in enumerate(self._live_groups()):
-            continued, items = self._group(index, group, slots)
+        live_groups = list(self._live_groups())
+        translated = [self._translated(group) for group in live_groups]
+        # A formula of another framework is one for all groups.
+        exact = self.wishes.exact and any(_falls_short(each) for several in translated for each in several.values())
+        for index, group in enumerate(live_groups):
+            continued, items = self._group(index, group, translated[index], exact, slots)
             groups.append(continued)
             label = f"group {index} of {len(self.live.groups)}" if len(self.live.groups) > 1 else "optimizer"
             parameters = f"{len(group.parameters)} parameter{'s' * (len(group.parameters) != 1)}"
@@ -254,33 +260,35 @@ class _Work:
             yield schema.ParameterGroup(parameters=group.parameters, hyperparameters={**group.hyperparameters, **scheduled})
 
     def _group(
-        self, index: int, group: schema.ParameterGroup, slots: dict[str, dict[str, StoredTensor]]
+        self,
+        index: int,
+        group: schema.ParameterGroup,
+        translated: dict[int, Translated],
+        exact: bool,
+        slots: dict[str, dict[str, StoredTensor]],
     ) -> tuple[ContinuedGroup, list[Item]]:
-        """How one live group goes on; its slots are put into `slots`."""
-        items: list[Item] = []
-        owners = {name: owner for name in group.parameters if (owner := self._owner(name)) is not None}
-        sources = sorted({self.group_of[owner] for owner in owners.values() if owner in self.group_of})
-        if not sources:
-            return ContinuedGroup(parameters=group.parameters, hyperparameters={}, conventions={}), items
-        translated = {each: self._translated(each, group) for each in sources}
-        first = translated[sources[0]]
-        for each in sources[1:]:
-            self._agree(index, first, translated[each])
-        items += self._scheduled(index, sources[0])
-        form = None
-        if self.wishes.exact and any(
-            item.size is not None or item.exactness == Exactness.CONSTANT_RATE for item in first.items
-        ):
-            form = self._source_form(sources[0])
-            values = {name: form.value(name) for name in form.hyperparameters}
-            first = Translated(form, {}, [], [each for each in first.differences if each.name == "learning_rate"])
+        """How one live group goes on; its slots are put into `slots`. translated: by the group of the checkpoint."""
+        if not translated:
+            return ContinuedGroup(parameters=group.parameters, hyperparameters={}, conventions={}), []
+        if exact:
+            translated = {each: self._untouched(each, found) for each, found in translated.items()}
+        (source, first), *others = translated.items()
+        for _, other in others:
+            self._agree(index, first, other)
+        items = self._scheduled(index, source)
+        form = first.form if exact else None
+        if form is not None:
             told = "as in the checkpoint, set up on request"
-            items.append(Item("continuation", Exactness.EXACT, f"{self.source.family}, {_shown(values)}", told))
-        self._judge(index, first)
-        items += first.items
+            shown = f"{form.family}, {_shown(form.hyperparameters)}"
+            items.append(Item("continuation", Exactness.EXACT, shown, told))
+        merged = replace(first, items=_worst([item for each in translated.values() for item in each.items]))
+        self._judge(index, merged)
+        items += merged.items
         missing = []
         for name in group.parameters:
-            if not self._slots_of(name, owners.get(name), form or first.form, first.slots, slots):
+            owner = self._owner(name)
+            own = translated.get(self.group_of.get(owner or "", source), first)
+            if not self._slots_of(name, owner, own.form, own.slots, slots):
                 missing.append(name)
         if missing:
             self._incomplete(missing, items)
@@ -297,14 +305,24 @@ class _Work:
         }
         return ContinuedGroup(parameters=group.parameters, hyperparameters=values, conventions=conventions, form=form), items
 
-    def _translated(self, index: int, group: schema.ParameterGroup) -> Translated:
+    def _translated(self, group: schema.ParameterGroup) -> dict[int, Translated]:
+        """What the groups of the checkpoint that a live one takes its parameters from become in it."""
         live = Live(
             Form(self.live.family, self.live.conventions, _numbers(group.hyperparameters)),
             self.live.settable,
             self.live.choices,
             self.live.rates is not None,
         )
-        return translate(self._source_form(index), live, self.step, self._samples(self.source.groups[index]))
+        owners = [self._owner(name) for name in group.parameters]
+        return {
+            index: translate(self._source_form(index), live, self.step, self._samples(self.source.groups[index]))
+            for index in sorted({self.group_of[owner] for owner in owners if owner in self.group_of})
+        }
+
+    def _untouched(self, index: int, translated: Translated) -> Translated:
+        """A group that goes on by the formula of the checkpoint: nothing changes but what can hold the learning rate."""
+        rate = [each for each in translated.differences if each.name == "learning_rate"]
+        return Translated(self._source_form(index), {}, [], rate)
 
     def _source_form(self, index: int) -> Form:
         values = _numbers(self.source.groups[index].hyperparameters)
@@ -481,6 +499,19 @@ class _Work:
             left -= sample["w"].size
             found.append(sample)
         return found
+
+
+def _falls_short(translated: Translated) -> bool:
+    """Whether what a group goes on with is not exact, or only while its rate stays."""
+    return any(item.size is not None or item.exactness == Exactness.CONSTANT_RATE for item in translated.items)
+
+
+def _worst(items: Sequence[Item]) -> list[Item]:
+    """One item of each name, of the largest size."""
+    found: dict[str, Item] = {}
+    for item in sorted(items, key=lambda item: item.size or 0.0):
+        found[item.name] = item
+    return list(found.values())
 
 
 _SAMPLED = 1 << 16

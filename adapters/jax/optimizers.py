@@ -205,18 +205,15 @@ _ADAM_NU = {
 """Family, state class and field -> what it holds."""
 
 
-def _told(optimizer: Any, state: Any, prefix: str | None, model: ModelCapture, count: int | None = None) -> _Told | None:
-    """What the transformation says, where it is at hand and can be read; groups of two families are beyond the tables.
-
-    count: the completed updates that schedules are asked for, by default those that the state has seen.
-    """
+def _told(optimizer: Any, state: Any, prefix: str | None, model: ModelCapture) -> _Told | None:
+    """What the transformation says, where it is at hand and can be read; groups of two families are beyond the tables."""
     tx = optimizer.tx() if isinstance(optimizer, Carried) else getattr(optimizer, "tx", None)
     if tx is None:
         return None
     if prefix is None:
         prefix = "params" if any(name.startswith("params/") for name, _ in model.parameters) else ""
     inside = {_within(name, prefix): name for name, _ in model.parameters if not prefix or name.startswith(f"{prefix}/")}
-    found = transforms.describe(tx, state, {path: model.weights[name] for path, name in inside.items()}, count)
+    found = transforms.describe(tx, state, {path: model.weights[name] for path, name in inside.items()})
     if not found:
         return None
     conventions: dict[str, str] = {}

@@ -27,22 +27,17 @@ from polyckpt.updates import Form
 class _At:
     """Where a transformation stands.
 
-    only: the parameters that it changes, None for all. count: as in `describe`. injected: hyperparameters that a state holds
-    (optax.inject_hyperparams), with the schedule that each follows, or None.
+    only: the parameters that it changes, None for all. injected: hyperparameters that a state holds (optax.inject_hyperparams),
+    with the schedule that each follows, or None.
     """
 
     parameters: Mapping[str, Leaf]
     only: frozenset[str] | None
-    count: int | None
     injected: Mapping[str, Any] = field(default_factory=dict)
 
     def within(self, chosen: set[str]) -> _At:
         """Below a mask that leaves these alone."""
         return replace(self, only=frozenset(chosen) if self.only is None else self.only & chosen)
-
-    def updates(self, state: Any) -> np.ndarray:
-        """How many updates the schedule with this state is asked for."""
-        return np.asarray(int(number(state.count)) if self.count is None else self.count)
 
 
 @dataclass(frozen=True)
@@ -73,16 +68,13 @@ class _UnknownError(Exception):
     """A transformation that cannot be read."""
 
 
-def describe(
-    tx: Any, state: Any, parameters: Mapping[str, Leaf], count: int | None = None
-) -> list[tuple[tuple[str, ...], Described]] | None:
+def describe(tx: Any, state: Any, parameters: Mapping[str, Leaf]) -> list[tuple[tuple[str, ...], Described]] | None:
     """The parameters that are updated alike, and how; None where the transformation cannot be read.
 
-    state: the state of `tx`. parameters: by their paths in the tree that it is of. count: what schedules are asked for, by
-    default the updates that each has seen.
+    state: the state of `tx`. parameters: by their paths in the tree that it is of.
     """
     try:
-        steps = list(_read(tx.update, state, _At(parameters, None, count)))
+        steps = list(_read(tx.update, state, _At(parameters, None)))
         groups: dict[str, tuple[list[str], Described]] = {}
         for name in parameters:
             own = [step for step in steps if step.at.only is None or name in step.at.only]
@@ -168,7 +160,7 @@ def _injected(values: Mapping[str, Any], state: Any, at: _At) -> Iterator[Step]:
     numbers = {name: number(value) for name, value in state.hyperparams.items()}
     # The state holds what the last update used.
     for name, schedule in values["sched_hps"].items():
-        numbers[name] = number(schedule.schedule_fn(at.updates(state.hyperparams_states[name])))
+        numbers[name] = number(schedule.schedule_fn(_count(state.hyperparams_states[name])))
     tx = values["inner_factory"](**values["other_hps"], **numbers)
     injected = {name: values["sched_hps"][name].schedule_fn if name in values["sched_hps"] else None for name in numbers}
     yield from _read(tx.update, state.inner_state, replace(at, injected=injected))
@@ -206,6 +198,11 @@ def _spread(given: Any, parameters: Mapping[str, Leaf]) -> dict[str, Any]:
 def number(value: Any) -> float:
     """A Python number of a 0-d array, or of a Variable that holds one."""
     return float(np.asarray(value.get_value() if trees.is_variable(value) else value, np.float64))
+
+
+def _count(state: Any) -> np.ndarray:
+    """How many updates the state of a schedule has seen."""
+    return np.asarray(int(number(state.count)))
 
 
 # From steps to the tables.
@@ -356,7 +353,7 @@ def _special(step: Step, conventions: dict[str, str], values: dict[str, Any]) ->
 
 def _factor(step: Step) -> float:
     """What the next update is multiplied by."""
-    return number(_factor_at(step, None if step.name == "scale" else step.at.updates(step.state)))
+    return number(_factor_at(step, None if step.name == "scale" else _count(step.state)))
 
 
 def _factor_at(step: Step, count: Any) -> Any:

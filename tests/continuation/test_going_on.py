@@ -459,3 +459,34 @@ def test_a_wider_type_is_rounded_on_request_only(tmp_path: Path) -> None:
     polyckpt.load(path, there, live, cast=True)
     rounded = optimizer.state[model.weight]["exp_avg"].bfloat16().float().numpy().T
     assert np.array_equal(np.asarray(live.opt_state[0].mu["kernel"][...], np.float32), rounded)
+
+
+def test_groups_of_several_rates_are_set_up_together(tmp_path: Path) -> None:
+    """Momentum that holds updates, each scaled by the rate of its own group; one formula for both in torch."""
+    there = Net(1)
+    slow = optax.chain(optax.scale_by_learning_rate(0.01), optax.trace(0.8))
+    fast = optax.chain(optax.scale_by_learning_rate(0.04), optax.trace(0.8))
+    label = lambda tree: jax.tree.map(lambda leaf: "slow" if leaf.ndim > 1 else "fast", tree)  # noqa: E731
+    live = nnx.Optimizer(there, optax.partition({"slow": slow, "fast": fast}, label), wrt=nnx.Param)
+    train_nnx(there, live, 4)
+    path = polyckpt.save(tmp_path / "nnx", there, live, probe=X)
+
+    def fresh() -> tuple[Any, Any]:
+        model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 3))
+        groups = [{"params": [model[0].weight, model[2].weight]}, {"params": [model[0].bias, model[2].bias]}]
+        return model, torch.optim.SGD(groups, lr=0.5, momentum=0.8)
+
+    for continuation in ("stock", "exact"):
+        model, optimizer = fresh()
+        polyckpt.load(path, model, optimizer, continuation=continuation)  # type: ignore[arg-type]
+        assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.01, 0.04])
+        again = Net(2)
+        other = nnx.Optimizer(again, live.tx, wrt=nnx.Param)
+        polyckpt.load(path, again, other)
+        train_torch(model, optimizer, 3)
+        train_nnx(again, other, 3)
+        assert close(model, again), continuation
+    # One group for both cannot have two rates, and says so.
+    model, optimizer = torch_run(lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.8), steps=0)
+    with pytest.raises(MismatchError, match="learning_rate of group 0: checkpoint has 0"):
+        polyckpt.load(path, model, optimizer)
