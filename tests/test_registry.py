@@ -69,7 +69,7 @@ class Adapter:
     name = "tinyframework"
     def versions(self): return {"tinyframework": "1"}
     def recognises(self, value): return False
-    def parts(self, model, optimizer): return Parts(model=model, optimizer=optimizer)
+    def parts(self, model, optimizer, tx=None): return Parts(model=model, optimizer=optimizer)
     def capture_model(self, model):
         return ModelCapture(type="Model", weights={"values": array_leaf(np.array(model.values))})
     def prepare_model(self, model, stored, *, rng):
