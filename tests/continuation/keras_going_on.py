@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import haiku
+import jax
 import jax.numpy as jnp
 import keras
 import numpy as np
@@ -196,3 +198,54 @@ def test_keras_goes_on_in_flax(tmp_path: Path) -> None:
     train_nnx(model, live, 1)
     after = weights(model)
     assert not all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_a_gate_of_the_other_sign_turns_first_moments_and_no_others(tmp_path: Path) -> None:
+    """Haiku's update gate of a GRU is one minus that of Keras: its weights are the negative, and so are its gradients."""
+    x = np.random.default_rng(3).standard_normal((4, 6, 5)).astype("float32")
+    there = keras.Sequential([keras.Input((6, 5)), keras.layers.GRU(3, reset_after=False)])
+    there.compile(keras.optimizers.Adam(0.02, epsilon=1e-3), "mse")
+    zeros = np.zeros((4, 3), "float32")
+    for _ in range(4):
+        there.train_on_batch(x, zeros)
+    path = polyckpt.save(tmp_path / "keras", there, probe=x)
+
+    def unrolled(x: Any) -> Any:
+        core = haiku.GRU(3)
+        return haiku.dynamic_unroll(core, jnp.swapaxes(x, 0, 1), core.initial_state(len(x)))[1]
+
+    network = haiku.without_apply_rng(haiku.transform(unrolled))
+    params = network.init(jax.random.key(0), x)
+    tx = optax.adam(0.02, eps=1e-3)
+    restored = polyckpt.load(path, params, tx.init(params), tx=tx, apply=network.apply, continuation="exact")
+    params, state = restored.model, restored.optimizer
+    gradient = jax.grad(lambda params: (network.apply(params, x) ** 2).mean())
+    for _ in range(3):
+        changes, state = restored.tx.update(gradient(params), state, params)
+        params = optax.apply_updates(params, changes)
+        there.train_on_batch(x, zeros)
+    np.testing.assert_allclose(network.apply(params, x), there.predict_on_batch(x), rtol=1e-4, atol=2e-6)
+
+
+def test_a_window_under_way_is_told(tmp_path: Path) -> None:
+    there = network(keras.optimizers.Adadelta(0.5, gradient_accumulation_steps=3))
+    train(there, 4)
+    path = polyckpt.save(tmp_path / "keras", there, probe=X)
+    model, optimizer = torch_run(lambda p: torch.optim.Adadelta(p, lr=0.1), steps=0)
+    report = polyckpt.load(path, model, optimizer).report
+    assert "gradient_accumulator: dropped: gradients of a window under way" in str(report)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {1}
+
+
+def test_a_change_of_one_group_takes_the_slots_of_its_own(tmp_path: Path) -> None:
+    """Two groups of torch with rates of their own, accepted into the one that Keras has: each momentum by its own rate."""
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 3))
+    groups = [{"params": list(model[0].parameters()), "lr": 0.02}, {"params": list(model[2].parameters()), "lr": 0.04}]
+    optimizer = torch.optim.SGD(groups, momentum=0.9)
+    train_torch(model, optimizer, 3)
+    path = polyckpt.save(tmp_path / "torch", model, optimizer, step=3, probe=X)
+    there = network(keras.optimizers.SGD(0.5, momentum=0.9))
+    polyckpt.load(path, there, accept={"learning_rate"})
+    for index, (parameter, rate) in enumerate(zip(model.parameters(), (0.02, 0.02, 0.04, 0.04), strict=True)):
+        held = keras.ops.convert_to_numpy(there.optimizer.momentums[index])
+        np.testing.assert_allclose(held, -rate * optimizer.state[parameter]["momentum_buffer"].numpy().T, rtol=1e-6)

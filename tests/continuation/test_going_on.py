@@ -490,3 +490,16 @@ def test_groups_of_several_rates_are_set_up_together(tmp_path: Path) -> None:
     model, optimizer = torch_run(lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.8), steps=0)
     with pytest.raises(MismatchError, match="learning_rate of group 0: checkpoint has 0"):
         polyckpt.load(path, model, optimizer)
+
+
+def test_before_the_first_update_torch_begins_as_it_does(tmp_path: Path) -> None:
+    """Its first buffer is the gradient itself, whatever the dampening: a buffer of zeros would be another beginning."""
+    there = Net(1)
+    live = nnx.Optimizer(there, optax.sgd(0.02, 0.9), wrt=nnx.Param)
+    path = polyckpt.save(tmp_path / "nnx", there, live, probe=X)
+    model, optimizer = torch_run(lambda p: torch.optim.SGD(p, lr=0.5, momentum=0.9), steps=0)
+    polyckpt.load(path, model, optimizer)
+    assert not optimizer.state
+    train_torch(model, optimizer, 3)
+    train_nnx(there, live, 3)
+    assert close(model, there)
