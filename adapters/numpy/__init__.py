@@ -12,6 +12,7 @@ import numpy as np
 from polyckpt import names, residue
 from polyckpt.adapter import (
     NO_OPTIMIZER,
+    Continuation,
     ModelCapture,
     OptimizerCapture,
     Parts,
@@ -64,6 +65,9 @@ class NumpyAdapter:
 
     def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]]) -> Restore:
         return _prepare_tree(optimizer, stored.slots.get(_SLOTS, {}), stored.native, "optimizer")
+
+    def continue_optimizer(self, optimizer: Any, continuation: Continuation, captured: ModelCapture, model: Any) -> Restore:
+        raise UnsupportedError("optimizer: arrays of NumPy have no formula that could go on")
 
     def schedule(self, value: Any) -> Schedule | None:
         return None

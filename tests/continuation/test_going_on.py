@@ -503,3 +503,25 @@ def test_before_the_first_update_torch_begins_as_it_does(tmp_path: Path) -> None
     train_torch(model, optimizer, 3)
     train_nnx(there, live, 3)
     assert close(model, there)
+
+
+def test_what_only_changes_gradients_stays_in_its_place(tmp_path: Path) -> None:
+    model, optimizer = torch_run(lambda p: torch.optim.NAdam(p, lr=0.02))
+    path = polyckpt.save(tmp_path / "torch", model, optimizer, probe=X)
+    params = {
+        "a": {"kernel": jnp.zeros((5, 7)), "bias": jnp.zeros(7)},
+        "b": {"kernel": jnp.zeros((7, 3)), "bias": jnp.zeros(3)},
+    }
+    clip = optax.clip_by_global_norm(0.01)
+    tx = optax.chain(clip, optax.nadam(0.02))
+    restored = polyckpt.load(path, params, tx.init(params), tx=tx, continuation="exact")
+    large = jax.tree.map(lambda leaf: 100 * jnp.ones_like(leaf), params)
+    clipped, _ = clip.update(large, clip.init(params))
+    one, other = (restored.tx.update(each, restored.optimizer, restored.model)[0] for each in (large, clipped))
+    assert all(jax.tree.leaves(jax.tree.map(lambda a, b: jnp.allclose(a, b, rtol=1e-5), one, other)))
+
+
+def test_arrays_of_numpy_are_no_optimizer(adamw: tuple[Path, Any, Any]) -> None:
+    arrays = {"first": {"w": np.zeros((7, 5), "float32")}}
+    with pytest.raises(MismatchError, match="optimizer"):
+        polyckpt.load(adamw[0], arrays, {"m": np.zeros(3)})
