@@ -88,10 +88,14 @@ class Continued(keras.optimizers.Optimizer):  # type: ignore[misc]
             self.assign(held[meaning], value)
         self.assign(variable, weight)
 
-    def get_config(self) -> dict[str, Any]:
+    def described(self) -> dict[str, Any]:
+        """Family, conventions and hyperparameters, as the constructor takes them."""
+        form = self.form
         return {
-            **super().get_config(),
-            "family": self.form.family,
-            "conventions": dict(self.form.conventions),
-            "hyperparameters": dict(self.form.hyperparameters),
+            "family": form.family,
+            "conventions": dict(form.conventions),
+            "hyperparameters": dict(form.hyperparameters),
         }
+
+    def get_config(self) -> dict[str, Any]:
+        return {**super().get_config(), **self.described()}

@@ -22,6 +22,7 @@ from polyckpt.errors import Problem, UnsupportedError
 from polyckpt.leaves import Leaf
 from polyckpt.names import type_name
 from polyckpt.schema import Hyperparameter, ParameterGroup, to_number
+from polyckpt.updates import Form
 
 _ADAM = {"momentums": "first_moment", "velocities": "second_moment", "velocity_hats": "max_second_moment"}
 _ADAM_KEYS = {"beta1": "beta_1", "beta2": "beta_2", "epsilon": "epsilon"}
@@ -146,6 +147,7 @@ def capture(optimizer: Any, parameters: Sequence[tuple[str, Any]]) -> OptimizerC
             "parameters": {name: variables.show(variable) for name, variable in trained},
             "settings": _settings(optimizer),
             "others": {name: variables.leaf(variable, f"optimizer: {name}") for name, variable in state.others.items()},
+            **({_CONTINUED: inner.described()} if isinstance(inner, Continued) else {}),
         },
         learning_rate=_learning_rate(optimizer),
         settable=frozenset(settable),
@@ -214,6 +216,10 @@ def prepare(optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[
     """
     if isinstance(optimizer, Several):
         return _prepare_several(optimizer, stored, parameters, section)
+    if (told := stored.native.get(_CONTINUED)) and not isinstance(_innermost(optimizer), Continued):
+        # It went on by another formula when it was saved, and goes on by it.
+        form = Form(told["family"], dict(told["conventions"]), dict(told["hyperparameters"]))
+        return prepare(Continued.instead_of(_innermost(optimizer), form), stored, parameters, section)
     if stored.type.rpartition(".")[2] != type(optimizer).__name__:
         problem = Problem("value", section, "class", stored=stored.type, live=type_name(optimizer))
         return Restore(apply=lambda: optimizer, problems=[problem])
@@ -237,6 +243,9 @@ def prepare(optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[
 
     slots = [tensor for entries in stored.slots.values() for tensor in entries.values()]
     return Restore(apply=apply, problems=problems, tensors=[*slots, *residue.tensors(stored.native)])
+
+
+_CONTINUED = "continued"
 
 
 def _pairs(

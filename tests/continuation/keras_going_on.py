@@ -69,12 +69,14 @@ def test_a_compiled_model_goes_on_exactly(from_torch: tuple[Path, Any, Any], tmp
     there.save(tmp_path / "whole.keras")
     again = network(type(there.optimizer).from_config(there.optimizer.get_config()))
     polyckpt.load(middle, again)
+    stock = network(keras.optimizers.AdamW(0.5))
+    assert polyckpt.load(middle, stock).optimizer is stock.optimizer and type(stock.optimizer) is type(there.optimizer)
     loaded = keras.models.load_model(tmp_path / "whole.keras")
     train_torch(model, optimizer, 2)
-    for each in (there, again, loaded):
+    for each in (there, again, loaded, stock):
         train(each, 2)
     assert close(model, there)
-    for each in (again, loaded):
+    for each in (again, loaded, stock):
         assert all(np.array_equal(a, b) for a, b in zip(weights(there), weights(each), strict=True))
 
 
