@@ -248,8 +248,10 @@ class Adapter(Protocol):
         """The trainable parameters of a live model, as in ModelCapture."""
         ...
 
-    def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]]) -> Restore:
-        """Compare a live optimizer with a stored one. `parameters` are those of the live model, by its own adapter."""
+    def prepare_optimizer(
+        self, optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]], model: Any
+    ) -> Restore:
+        """Compare a live optimizer with a stored one. `parameters` are those of the live `model`, by its own adapter."""
         ...
 
     def continue_optimizer(self, optimizer: Any, continuation: Continuation, captured: ModelCapture, model: Any) -> Restore:

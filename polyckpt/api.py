@@ -473,7 +473,7 @@ def _prepare_optimizer(checkpoint: Checkpoint, native: Mapping[str, Any], parts:
         },
         native=entry["state"],
     )
-    return adapter.prepare_optimizer(optimizer, stored, owner.parameters(parts.model))
+    return adapter.prepare_optimizer(optimizer, stored, owner.parameters(parts.model), parts.model)
 
 
 def _apply(prepared: Mapping[str, Restore]) -> dict[str, Any]:

@@ -100,8 +100,10 @@ class JaxAdapter:
     def parameters(self, model: Any) -> Sequence[tuple[str, Any]]:
         return [(name, entry.value) for name, entry in trees.entries(model, "model").items() if _is_parameter(entry)]
 
-    def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]]) -> Restore:
-        return optimizers.prepare(optimizer, stored)
+    def prepare_optimizer(
+        self, optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]], model: Any
+    ) -> Restore:
+        return optimizers.prepare(optimizer, stored, lambda: self.capture_model(model), model)
 
     def continue_optimizer(self, optimizer: Any, continuation: Continuation, captured: ModelCapture, model: Any) -> Restore:
         return optimizers.continue_(optimizer, continuation, captured, model)

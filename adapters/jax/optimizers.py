@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from polyckpt import names, optimizers
-from polyckpt.adapter import Continuation, ModelCapture, OptimizerCapture, Restore, StoredOptimizer
+from polyckpt.adapter import Continuation, ContinuedGroup, ModelCapture, OptimizerCapture, Restore, StoredOptimizer
 from polyckpt.adapters.jax import arrays, transforms, trees
 from polyckpt.adapters.jax.arrays import Stored
 from polyckpt.adapters.jax.continued import ContinuedState
@@ -26,6 +26,7 @@ from polyckpt.errors import CorruptError, UnsupportedError
 from polyckpt.leaves import Leaf
 from polyckpt.optimizers import factored
 from polyckpt.schema import ParameterGroup, to_number
+from polyckpt.updates import Form
 
 
 class Carried(NamedTuple):
@@ -163,6 +164,7 @@ def capture(optimizer: Any, model: ModelCapture) -> OptimizerCapture:
             "prefix": prefix,
             "states": {names.join(path): kind for path, (kind, _) in states.items()},
             "carried": trees.as_tree(carried, "optimizer") if carried else None,
+            **({_CONTINUED: _forms(told)} if told and _is_continued(states) else {}),
         },
         learning_rate=told.learning_rate if told else rates[0] if len(rates) == 1 else None,
         settable=told.settable if told else frozenset(),
@@ -242,10 +244,46 @@ def _told(optimizer: Any, state: Any, prefix: str | None, model: ModelCapture) -
     )
 
 
-def prepare(optimizer: Any, stored: StoredOptimizer) -> Restore:
-    """Compare a live optimizer or state with a stored one, by the paths of their leaves."""
-    _, found, carried = _opened(optimizer)
+_CONTINUED = "continued"
+
+
+def _is_continued(states: Mapping[tuple[Any, ...], tuple[str, Any]]) -> bool:
+    return any(kind == ContinuedState.__name__ for kind, _ in states.values())
+
+
+def _forms(told: _Told) -> list[dict[str, Any]]:
+    """What each group computes, for an optimizer that is made anew."""
+    return [
+        {
+            "parameters": list(group.parameters),
+            "family": each.family,
+            "conventions": dict(each.conventions),
+            "hyperparameters": dict(each.hyperparameters),
+        }
+        for group, each in zip(told.groups, told.described, strict=True)
+    ]
+
+
+def prepare(optimizer: Any, stored: StoredOptimizer, model: Callable[[], ModelCapture], live: Any) -> Restore:
+    """Compare a live optimizer or state with a stored one, by the paths of their leaves.
+
+    model, live: the model that it is of, described and as the caller gave it.
+    """
+    state, found, carried = _opened(optimizer)
     native = stored.native
+    if isinstance(native, dict) and native.get(_CONTINUED) and not _is_continued(dict(_states(state, ()))):
+        # It went on by another formula when it was saved, and goes on by it.
+        groups = [
+            ContinuedGroup(
+                parameters=tuple(each["parameters"]),
+                hyperparameters={},
+                conventions={},
+                form=Form(each["family"], dict(each["conventions"]), dict(each["hyperparameters"])),
+            )
+            for each in native[_CONTINUED]
+        ]
+        fresh, back = _otherwise(optimizer, groups, model(), live)
+        return back(prepare(fresh, stored, model, live))
     if not isinstance(native, dict) or not isinstance(prefix := native.get("prefix"), str | None) or "carried" not in native:
         raise CorruptError(f"optimizer: native residue holds {native!r:.80}, which is no optax state")
     tensors = {
@@ -320,32 +358,43 @@ def _injected(
 
 def _continue_otherwise(optimizer: Any, continuation: Continuation, model: ModelCapture, live: Any) -> Restore:
     """The continuation of an optimizer by another formula: with a transformation of ours in the place of its own."""
+    fresh, back = _otherwise(optimizer, continuation.groups, model, live)
+    return back(continue_(fresh, _without_forms(continuation), model, live))
+
+
+def _otherwise(
+    optimizer: Any, groups: Sequence[ContinuedGroup], model: ModelCapture, live: Any
+) -> tuple[Any, Callable[[Restore], Restore]]:
+    """An optimizer that follows the forms of `groups` in the place of the one given, and what makes of its restore that of
+    the one given.
+    """
     tx = optimizer.tx() if isinstance(optimizer, Carried) else getattr(optimizer, "tx", None)
     state, _, _ = _opened(optimizer)
     prefix = _prefix_of(optimizer, model)
     told, before = _told(optimizer, state, prefix, model), transforms.gradient_steps(tx) if tx is not None else None
-    if told is None or before is None:
+    if told is None or before is None or len(told.described) != len(groups):
         raise UnsupportedError(
             'optimizer: continuation="exact" puts another transformation in the place of the one given, which must be a chain '
-            "of known ones: pass it without the wrapper, and wrap what comes back"
+            "of known ones, with the same groups: pass it without the wrapper, and wrap what comes back"
         )
-    made = transforms.instead_of(before, told.described, continuation.groups, lambda name: _parameter(name, prefix))
+    made = transforms.instead_of(before, told.described, groups, lambda name: _parameter(name, prefix))
     if isinstance(optimizer, Carried):
-        fresh = Carried(made.init(_inside(live, prefix)), optimizer.step, lambda: made)
-        return continue_(fresh, _without_forms(continuation), model, live)
+        return Carried(made.init(_inside(live, prefix)), optimizer.step, lambda: made), lambda restore: restore
     fresh = trees.nnx().Optimizer(live, made, wrt=optimizer.wrt)
-    prepared = continue_(fresh, _without_forms(continuation), model, live)
     old = optimizer.tx, optimizer.opt_state, optimizer.step
 
     def put(tx: Any, opt_state: Any, step: Any) -> Any:
         optimizer.tx, optimizer.opt_state, optimizer.step = tx, opt_state, step
         return optimizer
 
-    def apply() -> Any:
-        prepared.apply()
-        return put(made, fresh.opt_state, fresh.step)
+    def back(restore: Restore) -> Restore:
+        def apply() -> Any:
+            restore.apply()
+            return put(made, fresh.opt_state, fresh.step)
 
-    return replace(prepared, apply=apply, undo=lambda: put(*old))
+        return replace(restore, apply=apply, undo=lambda: put(*old))
+
+    return fresh, back
 
 
 def _without_forms(continuation: Continuation) -> Continuation:
@@ -450,7 +499,8 @@ def _within(parameter: str, prefix: str | None) -> str:
 
 def _states(node: Any, path: tuple[Any, ...]) -> Iterator[tuple[tuple[Any, ...], tuple[str, Any]]]:
     """Every optax state by path: the name of its class, and itself."""
-    if type(node).__module__.partition(".")[0] == "optax" and hasattr(node, "_fields"):
+    of_optax = type(node).__module__.partition(".")[0] == "optax" and hasattr(node, "_fields")
+    if of_optax or isinstance(node, ContinuedState):
         yield path, (type(node).__name__, node)
     for segment, child in _fields(node):
         yield from _states(child, (*path, segment))

@@ -94,7 +94,9 @@ class KerasAdapter:
     def parameters(self, model: Any) -> Sequence[tuple[str, Any]]:
         return variables.parameters(model)
 
-    def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]]) -> Restore:
+    def prepare_optimizer(
+        self, optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]], model: Any
+    ) -> Restore:
         return optimizers.prepare(optimizer, stored, parameters, "optimizer")
 
     def continue_optimizer(self, optimizer: Any, continuation: Continuation, captured: ModelCapture, model: Any) -> Restore:

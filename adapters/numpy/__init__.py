@@ -63,7 +63,9 @@ class NumpyAdapter:
     def parameters(self, model: Any) -> Sequence[tuple[str, Any]]:
         return []
 
-    def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]]) -> Restore:
+    def prepare_optimizer(
+        self, optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]], model: Any
+    ) -> Restore:
         return _prepare_tree(optimizer, stored.slots.get(_SLOTS, {}), stored.native, "optimizer")
 
     def continue_optimizer(self, optimizer: Any, continuation: Continuation, captured: ModelCapture, model: Any) -> Restore:

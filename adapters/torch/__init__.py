@@ -66,7 +66,9 @@ class TorchAdapter:
     def parameters(self, model: Any) -> Sequence[tuple[str, Any]]:
         return modules.parameters(model)
 
-    def prepare_optimizer(self, optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]]) -> Restore:
+    def prepare_optimizer(
+        self, optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]], model: Any
+    ) -> Restore:
         return optimizers.prepare(optimizer, stored, parameters, "optimizer")
 
     def continue_optimizer(self, optimizer: Any, continuation: Continuation, captured: ModelCapture, model: Any) -> Restore:

@@ -318,12 +318,17 @@ def test_a_continued_transformation_is_saved_resumed_and_converted(tmp_path: Pat
     again = Net(2)
     other = nnx.Optimizer(again, live.tx, wrt=nnx.Param)
     polyckpt.load(middle, again, other)
+    # The script that is started again still gives it the transformation of optax.
+    resumed = Net(3)
+    plain = nnx.Optimizer(resumed, optax.chain(optax.clip_by_global_norm(1e9), optax.nadam(0.02)), wrt=nnx.Param)
+    assert polyckpt.load(middle, resumed, plain).optimizer is plain
     back, home = torch_run(lambda p: torch.optim.NAdam(p, lr=0.5), steps=0)
     report = polyckpt.load(middle, back, home).report
     assert report is not None and str(report).endswith("step 8, 4 parameters: exact")
     train_torch(model, optimizer, 3)
-    for one, step in ((there, live), (again, other)):
+    for one, step in ((there, live), (again, other), (resumed, plain)):
         train_nnx(one, step, 2)
+    assert all(np.array_equal(a, b) for a, b in zip(weights(there), weights(resumed), strict=True))
     for one, step in ((model, optimizer), (back, home)):
         train_torch(one, step, 2)
     assert close(there, again) and close(model, there) and close(model, back)
@@ -515,6 +520,10 @@ def test_what_only_changes_gradients_stays_in_its_place(tmp_path: Path) -> None:
     clip = optax.clip_by_global_norm(0.01)
     tx = optax.chain(clip, optax.nadam(0.02))
     restored = polyckpt.load(path, params, tx.init(params), tx=tx, continuation="exact")
+    middle = polyckpt.save(tmp_path / "jax", restored.model, restored.optimizer, tx=restored.tx)
+    again = polyckpt.load(middle, params, tx.init(params), tx=tx)
+    assert jax.tree.structure(again.optimizer) == jax.tree.structure(restored.optimizer)
+    assert jax.tree.all(jax.tree.map(jnp.array_equal, again.optimizer, restored.optimizer))
     large = jax.tree.map(lambda leaf: 100 * jnp.ones_like(leaf), params)
     clipped, _ = clip.update(large, clip.init(params))
     one, other = (restored.tx.update(each, restored.optimizer, restored.model)[0] for each in (large, clipped))
