@@ -363,6 +363,10 @@ class _Work:
             if "folded" not in self.wishes.accept:
                 live = f"{here}: pass accept={{'folded'}}"
                 self.problems.append(Problem("value", _SECTION, "folded", stored=item.stored, live=live))
+        partial = [name for name in others if any(self._owner(name) in entries for entries in self.stored.values())]
+        if partial and "slots" not in self.wishes.accept:
+            live = "slots over other axes, or of another kind: pass accept={'slots'} to begin them anew"
+            self.problems.append(Problem("value", _SECTION, "slots", stored=f"those of {', '.join(partial)}", live=live))
         if others:
             items.append(Item("slots", Exactness.DEFAULT, f"none of {', '.join(others)}", "as before the first update"))
 

@@ -534,3 +534,20 @@ def test_arrays_of_numpy_are_no_optimizer(adamw: tuple[Path, Any, Any]) -> None:
     arrays = {"first": {"w": np.zeros((7, 5), "float32")}}
     with pytest.raises(MismatchError, match="optimizer"):
         polyckpt.load(adamw[0], arrays, {"m": np.zeros(3)})
+
+
+def test_slots_that_are_factored_over_other_axes_are_refused(tmp_path: Path) -> None:
+    """Of a kernel of a convolution torch averages over the window, optax over the channels: one does not give the other."""
+    model = torch.nn.Conv2d(3, 4, 2)
+    optimizer = torch.optim.Adafactor(model.parameters(), lr=0.01, eps=(1e-15, 1e-3))
+    for _ in range(2):
+        optimizer.zero_grad()
+        model(torch.ones(1, 3, 5, 5)).pow(2).mean().backward()
+        optimizer.step()
+    path = polyckpt.save(tmp_path / "torch", model, optimizer)
+    there = nnx.Conv(3, 4, (2, 2), padding="VALID", rngs=nnx.Rngs(0))
+    live = nnx.Optimizer(there, optax.adafactor(0.01, min_dim_size_to_factor=1, decay_rate=0.8), wrt=nnx.Param)
+    with pytest.raises(MismatchError, match=r"slots: checkpoint has those of kernel.*accept=\{'slots'\}"):
+        polyckpt.load(path, there, live)
+    report = polyckpt.load(path, there, live, accept={"slots"}).report
+    assert "slots: default: none of kernel in the checkpoint, as before the first update here" in str(report)
