@@ -88,6 +88,9 @@ HYPERPARAMETERS: dict[str, str] = {
     "initial_accumulator": "first value of the squared sum",
     "clip_threshold": "bound of the root mean square of an update (Adafactor)",
     "factored_from": "length of the longest axis but one from which the second moment is factored (Adafactor), none for any",
+    "clip_value": "bound of each element of g",
+    "clip_norm": "bound of the norm of each g",
+    "clip_global_norm": "bound of the norm of all g together",
     "maximize": "whether the objective is maximised, so that slots hold moments of -g",
 }
 """Neutral names of hyperparameters. A producer's further ones stay in its native residue."""
@@ -144,6 +147,9 @@ UNUSED: dict[str, float | bool] = {
 
 STRUCTURAL = frozenset({"nesterov", "amsgrad", "centered", "maximize"})
 """Hyperparameters that decide which slots there are or what they hold: compared, never set."""
+
+CLIPS = frozenset({"clip_value", "clip_norm", "clip_global_norm"})
+"""Hyperparameters that only some frameworks leave to the optimizer, others to the training loop."""
 
 LINEAR = frozenset({"first_moment", "momentum", "previous_gradient", "linear", "gradient_accumulator", "parameter_average"})
 """Slots that change their sign with the parameter; the others are of even degree in g."""

@@ -16,7 +16,7 @@ import numpy as np
 
 from polyckpt import updates
 from polyckpt.moves import Exactness
-from polyckpt.optimizers import STRUCTURAL
+from polyckpt.optimizers import CLIPS, STRUCTURAL
 from polyckpt.updates import MOMENTA, Form
 
 Sample = Mapping[str, np.ndarray]
@@ -142,11 +142,18 @@ def translate(source: Form, live: Live, step: int, samples: Sequence[Sample]) ->
         ):
             continue
         differences.append(Difference(name, value, "none" if held is None else held))
+    for name in sorted(CLIPS):
+        value, held = source.value(name), live.form.value(name)
+        if value != held and not (value and held and _same(value, held, 1e-6)):
+            stored, here = (_UP_TO_THE_LOOP if each is None else f"{each:g}" for each in (value, held))
+            items.append(Item(name, Exactness.DEFAULT, stored, here))
     return Translated(form, slots, items, differences)
 
 
-_PAST = {"initial_accumulator"}
-"""What no longer matters once there are slots."""
+_UP_TO_THE_LOOP = "none, unless the training loop does it,"
+
+_PAST = {"initial_accumulator", *CLIPS}
+"""What no longer matters once there are slots, or is told apart."""
 
 _EXACT = 1e-12
 

@@ -250,6 +250,10 @@ _GRADIENT_ONLY = {"clip", "clip_by_global_norm", "clip_by_block_rms", "adaptive_
 """Transformations that change gradients on their way to the slots, and nothing else."""
 
 
+_CLIPS = {"clip": ("clip_value", "max_delta"), "clip_by_global_norm": ("clip_global_norm", "max_norm")}
+"""Transformations of gradients that other frameworks have too -> hyperparameter and argument."""
+
+
 def _described(steps: Sequence[Step]) -> Described:
     scaler: str | None = None
     conventions: dict[str, str] = {}
@@ -298,6 +302,9 @@ def _described(steps: Sequence[Step]) -> Described:
             values["epsilon2"] = step.values["min_scale"]
         elif step.name == "clip_by_block_rms" and family == "adafactor":
             values["clip_threshold"] = step.values["threshold"]
+        elif step.name in _CLIPS and not scaler:
+            clip, argument = _CLIPS[step.name]
+            values[clip] = step.values[argument]
         elif step.name != "identity" and (step.name not in _GRADIENT_ONLY or scaler):
             raise _UnknownError(step.name)
     values["learning_rate"] = rate

@@ -174,6 +174,7 @@ def _groups(optimizer: Any, row: Row | None, trained: Sequence[tuple[str, Any]])
         values = {**inner.form.hyperparameters, **values}
     elif row:
         values |= {name: getattr(inner, attribute, None) for name, attribute in row.keys.items()} | dict(row.fixed)
+    values |= {"clip_value": inner.clipvalue, "clip_norm": inner.clipnorm, "clip_global_norm": inner.global_clipnorm}
     plain: dict[str, Hyperparameter] = {
         name: to_number(value) for name, value in values.items() if isinstance(value, bool | int | float)
     }

@@ -161,11 +161,12 @@ def test_a_schedule_gives_the_rate_of_its_step(tmp_path: Path) -> None:
 def test_averages_of_weights_begin_with_the_weights(tmp_path: Path) -> None:
     model, optimizer = torch_run(lambda p: torch.optim.SGD(p, lr=0.4))
     path = polyckpt.save(tmp_path / "torch", model, optimizer, step=5, probe=X)
-    there = network(keras.optimizers.SGD(0.1, use_ema=True))
+    there = network(keras.optimizers.SGD(0.1, use_ema=True, clipnorm=2.0))
     report = polyckpt.load(path, there).report
     averages = [keras.ops.convert_to_numpy(each) for each in there.optimizer._model_variables_moving_average]
     assert all(np.array_equal(a, b) for a, b in zip(averages, weights(there), strict=True))
     assert "parameter_average: default" in str(report)
+    assert "clip_norm: default: none, unless the training loop does it, in the checkpoint, 2 here" in str(report)
 
 
 def test_what_is_accumulated_counts_updates(tmp_path: Path) -> None:

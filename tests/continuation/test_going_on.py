@@ -551,3 +551,18 @@ def test_slots_that_are_factored_over_other_axes_are_refused(tmp_path: Path) -> 
         polyckpt.load(path, there, live)
     report = polyckpt.load(path, there, live, accept={"slots"}).report
     assert "slots: default: none of kernel in the checkpoint, as before the first update here" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("clip", "told"), [(optax.clip_by_global_norm(1.5), "clip_global_norm"), (optax.clip(1.5), "clip_value")]
+)
+def test_clipping_that_one_side_leaves_to_the_loop_is_told(clip: Any, told: str, tmp_path: Path) -> None:
+    there = Net(1)
+    live = nnx.Optimizer(there, optax.chain(clip, optax.sgd(0.01)), wrt=nnx.Param)
+    train_nnx(there, live, 2)
+    path = polyckpt.save(tmp_path / "nnx", there, live, probe=X, step=2)
+    report = polyckpt.load(path, *torch_run(lambda p: torch.optim.SGD(p, lr=0.5), steps=0)).report
+    assert f"{told}: default: 1.5 in the checkpoint, none, unless the training loop does it, here" in str(report)
+    again = Net(2)
+    same = nnx.Optimizer(again, optax.chain(clip, optax.sgd(0.01)), wrt=nnx.Param)
+    assert told not in str(polyckpt.load(path, again, same, rules={"{*all}": "{*all}"}).report)
