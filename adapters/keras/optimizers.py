@@ -14,7 +14,7 @@ import keras
 import numpy as np
 
 from polyckpt import names, optimizers, residue
-from polyckpt.adapter import Continuation, ModelCapture, OptimizerCapture, Restore, StoredOptimizer
+from polyckpt.adapter import Continuation, ContinuedGroup, ModelCapture, OptimizerCapture, Restore, StoredOptimizer
 from polyckpt.adapters.keras import variables
 from polyckpt.adapters.keras.continued import Continued
 from polyckpt.checkpoint import StoredTensor
@@ -179,22 +179,23 @@ def _groups(optimizer: Any, row: Row | None, trained: Sequence[tuple[str, Any]])
         name: to_number(value) for name, value in values.items() if isinstance(value, bool | int | float)
     }
     groups: dict[float | None, list[str]] = {}
-    for name, variable in trained:
-        groups.setdefault(_decay(inner, variable), []).append(name)
+    for index, (name, variable) in enumerate(trained):
+        groups.setdefault(_decay(inner, variable, index), []).append(name)
     return [
         ParameterGroup(
             parameters=tuple(inside), hyperparameters={**plain, **({"weight_decay": decay} if decay is not None else {})}
         )
-        for decay, inside in (groups or {_decay(inner, None): []}).items()
+        for decay, inside in (groups or {None: []}).items()
     ]
 
 
-def _decay(inner: Any, variable: Any) -> float | None:
-    """The weight decay of a variable; None where there is none, or only that of a form."""
+def _decay(inner: Any, variable: Any, index: int) -> float | None:
+    """The weight decay of a variable; None where there is none."""
     if isinstance(inner, Continued):
-        return None
+        decay = inner.form_of(index).value("weight_decay")
+        return float(decay) if decay or not _penalty(variable) else _penalty(variable)
     if inner.weight_decay is not None:
-        return float(inner.weight_decay) if variable is None or inner._use_weight_decay(variable) else 0.0
+        return float(inner.weight_decay) if inner._use_weight_decay(variable) else 0.0
     return _penalty(variable) or None
 
 
@@ -220,7 +221,8 @@ def prepare(optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[
     if (told := stored.native.get(_CONTINUED)) and not isinstance(_innermost(optimizer), Continued):
         # It went on by another formula when it was saved, and goes on by it.
         form = Form(told["family"], dict(told["conventions"]), dict(told["hyperparameters"]))
-        return prepare(Continued.instead_of(_innermost(optimizer), form), stored, parameters, section)
+        going = Continued.instead_of(_innermost(optimizer), form, told["decays"])
+        return prepare(going, stored, parameters, section)
     if stored.type.rpartition(".")[2] != type(optimizer).__name__:
         problem = Problem("value", section, "class", stored=stored.type, live=type_name(optimizer))
         return Restore(apply=lambda: optimizer, problems=[problem])
@@ -329,8 +331,7 @@ def continue_(optimizer: Any, continuation: Continuation, model: ModelCapture, s
     inner, parameters = _innermost(optimizer), model.parameters
     trained = _trained(inner, parameters) if inner.built else _trainable(parameters)
     form = next((group.form for group in continuation.groups if group.form), None)
-    if form is not None and form.choice("weight_decay") == "coupled" and any(_penalty(variable) for _, variable in trained):
-        form = replace(form, hyperparameters={**form.hyperparameters, "weight_decay": 0.0})  # the regularizers' part
+    problems = list(_at_odds(continuation.groups, section))
     if form is not None and inner is not optimizer:
         raise UnsupportedError(f"{section}: a {type_name(optimizer)} cannot be given another formula: pass the optimizer in it")
     values: dict[str, Any] = {}
@@ -341,7 +342,7 @@ def continue_(optimizer: Any, continuation: Continuation, model: ModelCapture, s
     row = _row(inner)
 
     def apply() -> Any:
-        going = inner if form is None else Continued.instead_of(inner, form)
+        going = inner if form is None else Continued.instead_of(inner, form, _decays(continuation.groups, trained))
         if settable and row:
             for name, value in settings.items():
                 setattr(inner, "weight_decay" if name == "weight_decay" else row.keys[name], value)
@@ -360,7 +361,31 @@ def continue_(optimizer: Any, continuation: Continuation, model: ModelCapture, s
             _fill(product, next(iter(continuation.slots["momentum_product"].values())))
         return optimizer if form is None else going
 
-    return Restore(apply=apply)
+    return Restore(apply=apply, problems=problems)
+
+
+def _at_odds(groups: Sequence[ContinuedGroup], section: str) -> Iterator[Problem]:
+    """What groups want otherwise than each other, although Keras has one for all: anything but a weight decay."""
+    wanted: dict[str, list[Any]] = {}
+    for group in groups:
+        for name, value in {**(group.form.hyperparameters if group.form else {}), **group.hyperparameters}.items():
+            if name != "weight_decay" and value not in wanted.setdefault(name, []):
+                wanted[name].append(value)
+    for name, values in wanted.items():
+        if len(values) > 1:
+            yield Problem("value", section, name, stored=" and ".join(map(str, values)), live="one for all parameters")
+
+
+def _decays(groups: Sequence[ContinuedGroup], trained: Sequence[tuple[str, Any]]) -> list[float] | None:
+    """The weight decay of each variable by the forms of its group, where they differ; without the part of regularizers."""
+    found = {}
+    for group in groups:
+        for name in group.parameters:
+            found[name] = float(group.form.value("weight_decay")) if group.form else 0.0
+    coupled = any(group.form and group.form.choice("weight_decay") == "coupled" for group in groups)
+    decays = [0.0 if coupled and _penalty(variable) else found.get(name, 0.0) for name, variable in trained]
+    alike = all(decay == found.get(name) for decay, (name, _) in zip(decays, trained, strict=True))
+    return None if alike and len(set(decays)) == 1 else decays
 
 
 def use(model: Any, optimizer: Any) -> None:

@@ -252,3 +252,73 @@ def test_a_change_of_one_group_takes_the_slots_of_its_own(tmp_path: Path) -> Non
     for index, (parameter, rate) in enumerate(zip(model.parameters(), (0.02, 0.02, 0.04, 0.04), strict=True)):
         held = keras.ops.convert_to_numpy(there.optimizer.momentums[index])
         np.testing.assert_allclose(held, -rate * optimizer.state[parameter]["momentum_buffer"].numpy().T, rtol=1e-6)
+
+
+def without_decay_of_biases() -> tuple[Any, Any]:
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 3))
+    groups = [
+        {"params": [model[0].weight, model[2].weight], "weight_decay": 0.3},
+        {"params": [model[0].bias, model[2].bias], "weight_decay": 0.0},
+    ]
+    return model, torch.optim.AdamW(groups, lr=0.02, eps=1e-4)
+
+
+def test_biases_that_do_not_decay_go_there_and_back(tmp_path: Path) -> None:
+    model, optimizer = without_decay_of_biases()
+    train_torch(model, optimizer, 4)
+    path = polyckpt.save(tmp_path / "torch", model, optimizer, probe=X)
+
+    def fresh() -> Any:
+        adamw = keras.optimizers.AdamW(0.5, weight_decay=0.3)
+        adamw.exclude_from_weight_decay(var_names=["bias"])
+        return network(adamw)
+
+    there = fresh()
+    there.optimizer.build(there.trainable_variables)
+    polyckpt.load(path, there, continuation="exact")
+    train(there, 3)
+    middle = polyckpt.save(tmp_path / "keras", there, probe=X)
+    resumed = fresh()
+    polyckpt.load(middle, resumed)
+    back, home = without_decay_of_biases()
+    polyckpt.load(middle, back, home)
+    assert [group["weight_decay"] for group in home.param_groups] == [0.3, 0.0]
+    train_torch(model, optimizer, 3)
+    for each in (there, resumed):
+        train(each, 2)
+    for one, other in ((model, optimizer), (back, home)):
+        train_torch(one, other, 2)
+    assert close(model, there) and close(model, resumed) and close(model, back)
+
+
+def test_groups_that_keras_cannot_hold_are_refused(tmp_path: Path) -> None:
+    model, optimizer = without_decay_of_biases()
+    optimizer.param_groups[1]["lr"] = 0.01
+    train_torch(model, optimizer, 2)
+    path = polyckpt.save(tmp_path / "torch", model, optimizer, probe=X)
+    there = network(keras.optimizers.AdamW(0.5, weight_decay=0.3))
+    there.optimizer.exclude_from_weight_decay(var_names=["bias"])
+    there.optimizer.build(there.trainable_variables)
+    for continuation in ("stock", "exact"):
+        with pytest.raises(
+            MismatchError, match=r"learning_rate: checkpoint has 0\.0\d and 0\.0\d, live object has one for all"
+        ):
+            polyckpt.load(path, there, accept={"epsilon"}, continuation=continuation)  # type: ignore[arg-type]
+
+
+def test_regularizers_stay_when_another_formula_comes(tmp_path: Path) -> None:
+    model, optimizer = torch_run(lambda p: torch.optim.Adam(p, lr=0.02, weight_decay=0.2, eps=1e-4))
+    path = polyckpt.save(tmp_path / "torch", model, optimizer, probe=X)
+    l2 = keras.regularizers.L2(0.1)
+    there = network(keras.optimizers.Adam(0.5), kernel_regularizer=l2, bias_regularizer=l2)
+    polyckpt.load(path, there, continuation="exact")
+    train(there, 3)
+    middle = polyckpt.save(tmp_path / "keras", there, probe=X)
+    back, home = torch_run(lambda p: torch.optim.Adam(p, lr=0.5), steps=0)
+    polyckpt.load(middle, back, home)
+    assert home.param_groups[0]["weight_decay"] == pytest.approx(0.2)
+    train_torch(model, optimizer, 3)
+    assert close(model, there)
+    train(there, 1)
+    train_torch(back, home, 1)
+    assert close(back, there)
