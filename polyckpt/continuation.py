@@ -21,7 +21,7 @@ from polyckpt.dtypes import lookup, widens
 from polyckpt.errors import Problem
 from polyckpt.layouts import Piece
 from polyckpt.moves import Exactness, Move
-from polyckpt.optimizers import CUSTOM, LINEAR, STRUCTURAL, UNUSED, factored
+from polyckpt.optimizers import CLIPS, CUSTOM, LINEAR, STRUCTURAL, UNUSED, factored
 from polyckpt.plans import Plan
 from polyckpt.translation import Affine, Item, Live, Sample, Translated, shown, translate
 from polyckpt.updates import Form
@@ -320,9 +320,10 @@ class _Work:
         }
 
     def _untouched(self, index: int, translated: Translated) -> Translated:
-        """A group that goes on by the formula of the checkpoint: nothing changes but what can hold the learning rate."""
+        """A group that goes on by the formula of the checkpoint: what is left are the learning rate and the clipping."""
         rate = [each for each in translated.differences if each.name == "learning_rate"]
-        return Translated(self._source_form(index), {}, [], rate)
+        clips = [item for item in translated.items if item.name in CLIPS]
+        return Translated(self._source_form(index), {}, clips, rate)
 
     def _source_form(self, index: int) -> Form:
         values = _numbers(self.source.groups[index].hyperparameters)

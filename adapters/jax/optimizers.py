@@ -409,10 +409,14 @@ def _prefix_of(optimizer: Any, model: ModelCapture) -> str | None:
 
 
 def _inside(live: Any, prefix: str | None) -> Any:
-    """The tree of parameters within a model."""
+    """The tree of parameters within a model; what cannot be trained is None, as in equinox.filter."""
     for segment in names.split(prefix) if prefix else ():
         live = next(child for name, child in trees.children(live) if str(name) == segment)
-    return live
+    return jax.tree.map(lambda leaf: leaf if _is_inexact(leaf) else None, live)
+
+
+def _is_inexact(leaf: Any) -> bool:
+    return arrays.is_array(leaf) and bool(jax.numpy.issubdtype(leaf.dtype, np.inexact))
 
 
 def _opened(optimizer: Any) -> tuple[Any, dict[str, Entry], dict[str, Entry]]:
