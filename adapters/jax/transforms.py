@@ -8,6 +8,7 @@ mean something else than the tables of polyckpt.optimizers, is not described at 
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -371,25 +372,26 @@ def _factor_at(step: Step, count: Any) -> Any:
 
 
 def gradient_steps(tx: Any) -> list[Any] | None:
-    """The transformations that a chain begins with and that only change gradients; None for what is no chain of known ones.
+    """The transformations that a chain begins with and that only change gradients; None where a wrapper is around it.
 
     The rest of the chain is what `describe` tells.
     """
-    update, init = tx.update, tx.init
-    name = _maker(update)
+    flat = list(_flattened(tx))
+    if any(_maker(each.update) in ("MultiSteps.update", "apply_if_finite") for each in flat):
+        return None
+    return list(itertools.takewhile(lambda each: _maker(each.update) in _GRADIENT_ONLY, flat))
+
+
+def _flattened(tx: Any) -> Iterator[Any]:
+    """The links of a chain, and of those in it."""
+    name = _maker(tx.update)
     if name == "with_extra_args_support":
-        return gradient_steps(held(update)["tx"])
-    if name == "chain":
-        found: list[Any] = []
-        for init_one, update_one in zip(held(init)["init_fns"], held(update)["update_fns"], strict=True):
-            below = gradient_steps(Transformation(init_one, update_one))
-            if below is None:
-                return None
-            found += below
-        return found
-    if name in _GRADIENT_ONLY:
-        return [tx]
-    return None if name in ("MultiSteps.update", "apply_if_finite") else []
+        yield from _flattened(held(tx.update)["tx"])
+    elif name == "chain":
+        for init, update in zip(held(tx.init)["init_fns"], held(tx.update)["update_fns"], strict=True):
+            yield from _flattened(Transformation(init, update))
+    else:
+        yield tx
 
 
 def instead_of(

@@ -589,3 +589,12 @@ def test_a_model_of_equinox_goes_on(continuation: Any, tmp_path: Path) -> None:
         there = equinox.apply_updates(there, changes)
     train_torch(model, optimizer, 3)
     np.testing.assert_allclose(there.layers[0].weight, model[0].weight.detach().numpy(), rtol=1e-4, atol=1e-6)
+
+
+def test_what_clips_updates_is_no_step_of_gradients() -> None:
+    """Adafactor ends with a bound of its updates, by the same transformation that elsewhere bounds gradients."""
+    from polyckpt.adapters.jax import transforms
+
+    before = transforms.gradient_steps(optax.chain(optax.zero_nans(), optax.clip(1.0), optax.adafactor(0.1)))
+    assert before is not None and len(before) == 2
+    assert transforms.gradient_steps(optax.adafactor(0.1)) == []
