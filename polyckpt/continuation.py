@@ -21,7 +21,7 @@ from polyckpt.dtypes import lookup, widens
 from polyckpt.errors import Problem
 from polyckpt.layouts import Piece
 from polyckpt.moves import Exactness, Move
-from polyckpt.optimizers import CLIPS, CUSTOM, LINEAR, STRUCTURAL, UNUSED, factored
+from polyckpt.optimizers import AVERAGED, CLIPS, CUSTOM, LINEAR, STRUCTURAL, UNUSED, factored
 from polyckpt.plans import Plan
 from polyckpt.translation import Affine, Item, Live, Sample, Translated, shown, translate
 from polyckpt.updates import Form
@@ -279,8 +279,8 @@ class _Work:
         form = first.form if exact else None
         if form is not None:
             told = "as in the checkpoint, set up on request"
-            shown = f"{form.family}, {_shown(form.hyperparameters)}"
-            items.append(Item("continuation", Exactness.EXACT, shown, told))
+            stored = f"{form.family}, {_shown(form.hyperparameters)}"
+            items.append(Item("continuation", Exactness.EXACT, stored, told))
         merged = replace(first, items=_worst([item for each in translated.values() for item in each.items]))
         self._judge(index, merged)
         items += merged.items
@@ -426,7 +426,7 @@ class _Work:
     def _converted(self, meaning: str, name: str, shape: tuple[int, ...], dtype: str) -> StoredTensor | None:
         """A slot by the moves of its parameter; None where the checkpoint has none."""
         moves = self.made[name]
-        if meaning in _AVERAGED:
+        if meaning in AVERAGED:
             return self._averaged(meaning, name, moves, shape, dtype)
         entries = self.stored.get(meaning, {})
         linear = meaning in LINEAR
@@ -465,14 +465,14 @@ class _Work:
         if len(moves) != 1 or len(moves[0].sources) != 1 or len(shape) + 1 != len(self.plan.target.tensors[name][0]):
             return None
         target, source = moves[0].target, moves[0].sources[0]
-        group = target.axes[_AVERAGED[meaning]]
+        group = target.axes[AVERAGED[meaning]]
         place = next((index for index, each in enumerate(target.order) if each == group), None)
         if place is None or target.pick or source.pick:
             return None
         axis = next((index for index, each in enumerate(source.axes) if each == source.order[place]), None)
         if axis is None:
             return None
-        there = next((each for each, at in _AVERAGED.items() if at % len(source.axes) == axis), None)
+        there = next((each for each, at in AVERAGED.items() if at % len(source.axes) == axis), None)
         slot = self.stored.get(there or "", {}).get(self._stored_as(source.tensor))
         if slot is None:
             return None
@@ -521,8 +521,6 @@ def _worst(items: Sequence[Item]) -> list[Item]:
 
 _SAMPLED = 1 << 16
 _AVERAGE = "parameter_average"
-_AVERAGED = {"row_second_moment": -1, "column_second_moment": -2}
-"""Slots that lack an axis of their parameter -> which."""
 
 
 def _by_meaning(checkpoint: Checkpoint, optimizer: schema.Optimizer) -> dict[str, dict[str, StoredTensor]]:
@@ -536,9 +534,9 @@ def _by_meaning(checkpoint: Checkpoint, optimizer: schema.Optimizer) -> dict[str
                 meaning = factored(slot.meaning, shape)
                 size, stored = math.prod(tensors[key].shape), tensors[key]
                 # What is not used of a factored state is of another size.
-                if meaning not in _AVERAGED and size != math.prod(shape) and meaning != "momentum_product":
+                if meaning not in AVERAGED and size != math.prod(shape) and meaning != "momentum_product":
                     continue
-                if meaning in _AVERAGED and (len(shape) < 2 or size * shape[_AVERAGED[meaning]] != math.prod(shape)):
+                if meaning in AVERAGED and (len(shape) < 2 or size * shape[AVERAGED[meaning]] != math.prod(shape)):
                     continue
                 found.setdefault(meaning, {})[name] = stored
     return found
@@ -574,8 +572,8 @@ def _box(shape: tuple[int, ...], elements: int) -> tuple[slice, ...]:
 def _part(meaning: str, slot: np.ndarray, shape: tuple[int, ...], box: tuple[slice, ...]) -> np.ndarray:
     if meaning == "momentum_product":
         return slot
-    if meaning in _AVERAGED:
-        axis = _AVERAGED[meaning] % len(shape)
+    if meaning in AVERAGED:
+        axis = AVERAGED[meaning] % len(shape)
         left = [index for index in range(len(shape)) if index != axis]
         return slot.reshape([shape[index] for index in left])[tuple(box[index] for index in left)]
     return slot.reshape(shape)[box]

@@ -116,7 +116,8 @@ class Conversion:
 
         Raises MismatchError and its kinds; then nothing changed.
         """
-        problems = (*self._problems(), *self._continued().problems)
+        continued = self._continued()
+        problems = (*self._problems(), *continued.problems)
         if problems and self.options.strict:
             raise MismatchError(
                 f"{self.checkpoint.path} does not fit the model ({len(problems)} entries; nothing was loaded). Pass rules= "
@@ -137,7 +138,8 @@ class Conversion:
             )
         with self._unchanged_if_it_fails():
             model, comparison = (self._applied(self.plan), None) if self.probe is None else self._proven()
-            continued = self._continued()
+            if self.probe is not None:  # which may have found another plan
+                continued = self._continued()
             if continued.problems and self.options.strict:
                 raise MismatchError(
                     f"{self.checkpoint.path} does not fit the optimizer (nothing was loaded):", continued.problems

@@ -151,6 +151,9 @@ STRUCTURAL = frozenset({"nesterov", "amsgrad", "centered", "maximize"})
 CLIPS = frozenset({"clip_value", "clip_norm", "clip_global_norm"})
 """Hyperparameters that only some frameworks leave to the optimizer, others to the training loop."""
 
+AVERAGED = {"row_second_moment": -1, "column_second_moment": -2}
+"""Slots that lack an axis of their parameter -> which."""
+
 LINEAR = frozenset({"first_moment", "momentum", "previous_gradient", "linear", "gradient_accumulator", "parameter_average"})
 """Slots that change their sign with the parameter; the others are of even degree in g."""
 
@@ -179,4 +182,4 @@ def factored(meaning: str, shape: tuple[int, ...]) -> str:
     if meaning not in ("longest_axis_second_moment", "next_axis_second_moment") or len(longest) < 2:
         return meaning
     axis = longest[-1] if meaning == "longest_axis_second_moment" else longest[0]
-    return {len(shape) - 1: "row_second_moment", len(shape) - 2: "column_second_moment"}.get(axis, meaning)
+    return next((name for name, lacks in AVERAGED.items() if axis == len(shape) + lacks), meaning)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from polyckpt.optimizers import UNUSED
+from polyckpt.optimizers import AVERAGED, UNUSED
 
 Array = Any
 Number = Any
@@ -95,7 +95,7 @@ def slot_from(meaning: str, held: Mapping[str, Any], xp: Math) -> Any:
     if meaning == "second_moment":
         rows, columns = held["row_second_moment"], held["column_second_moment"]
         return (rows / xp.maximum(_mean(xp, rows, -1, keepdims=True), 1e-300))[..., None] * columns[..., None, :]
-    return _mean(xp, held["second_moment"], {"row_second_moment": -1, "column_second_moment": -2}[meaning])
+    return _mean(xp, held["second_moment"], AVERAGED[meaning])
 
 
 Slots = dict[str, Array]

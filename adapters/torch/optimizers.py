@@ -225,7 +225,7 @@ def _keys(row: Row) -> dict[str, str]:
 
 def _kept(meaning: str, shape: tuple[int, ...], whole: tuple[int, ...]) -> tuple[int, ...]:
     """torch keeps the axis that was averaged away, as one of size one."""
-    axis = {"row_second_moment": -1, "column_second_moment": -2}.get(meaning)
+    axis = optimizers.AVERAGED.get(meaning)
     return shape if axis is None else tuple(1 if at == len(whole) + axis else size for at, size in enumerate(whole))
 
 
