@@ -68,8 +68,8 @@ class OptimizerCapture:
 
     slots: slot -> parameter name -> tensor. meanings: slot -> row of polyckpt.optimizers. native: all else that the same
     framework needs to go on exactly (tree for polyckpt.residue). The rest as in schema.Optimizer. learning_rate: one, or
-    one per group, None where the optimizer does not hold it. settable: hyperparameters that a live optimizer can be given;
-    choices: conventions, with what they can be set to; rates: where
+    one per group, None where the optimizer does not hold it. settable: hyperparameters that each group of a live optimizer can
+    be given; choices: conventions of each, with what they can be set to; rates: where
     the learning rate follows a schedule, from completed updates (n,) to those of all groups (n, groups). wrappers: meanings of
     slots that it will have besides those of its family, before it has any.
     """
@@ -83,8 +83,8 @@ class OptimizerCapture:
     step: int | None = None
     native: Any = None
     learning_rate: float | tuple[float, ...] | None = None
-    settable: frozenset[str] = frozenset()
-    choices: Mapping[str, frozenset[str]] = field(default_factory=dict)
+    settable: Sequence[frozenset[str]] = ()
+    choices: Sequence[Mapping[str, frozenset[str]]] = ()
     rates: Callable[[np.ndarray], np.ndarray] | None = None
     wrappers: frozenset[str] = frozenset()
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from polyckpt import schema, updates
@@ -21,7 +22,7 @@ from polyckpt.dtypes import lookup, widens
 from polyckpt.errors import Problem
 from polyckpt.layouts import Piece
 from polyckpt.moves import Exactness, Move
-from polyckpt.optimizers import AVERAGED, CLIPS, CUSTOM, LINEAR, STRUCTURAL, UNUSED, factored
+from polyckpt.optimizers import AVERAGED, CLIPS, CUSTOM, LINEAR, STRUCTURAL, UNUSED, WHOLE, akin, factored
 from polyckpt.plans import Plan
 from polyckpt.translation import Affine, Item, Live, Sample, Translated, shown, translate
 from polyckpt.updates import Form
@@ -29,7 +30,7 @@ from polyckpt.updates import Form
 STOCK, EXACT = "stock", "exact"
 """What to pass as `continuation`: the optimizer follows its own formula, or that of the one in the checkpoint."""
 
-ASPECTS = frozenset({"rate", "schedule", "max_second_moment", "folded", "factored", "slots"})
+ASPECTS = frozenset({"family", "scale", "precision", "rate", "schedule", "max_second_moment", "folded", "factored", "slots"})
 """What else than a hyperparameter can be accepted by name."""
 
 _SECTION = "optimizer"
@@ -78,6 +79,10 @@ def prepare(
     source = checkpoint.manifest.optimizer
     calls = 0
     if wishes.schedule is not None and source is not None:
+        if (width := len(next(iter(wishes.schedule.rates())))) != len(live.groups):
+            told = f"{width}, of {len(live.groups)} groups: leave it out, and call the schedulers to where the run is"
+            problem = Problem("value", "scheduler", "groups", stored="all", live=told)
+            return Continued(Restore(apply=lambda: optimizer), (), (problem,))
         if wishes.schedule.calls:
             told = f"called {wishes.schedule.calls} times already: pass a new one"
             problem = Problem("value", "scheduler", "calls", stored="none", live=told)
@@ -123,7 +128,8 @@ def _followed(
     def rates(steps: np.ndarray) -> np.ndarray:
         return np.asarray(values[np.minimum(steps // chosen, len(values) - 1)])
 
-    return replace(live, rates=rates, settable=live.settable - {"learning_rate"}), step // chosen
+    settable = [each - {"learning_rate"} for each in live.settable]
+    return replace(live, rates=rates, settable=settable), step // chosen
 
 
 def _advanced(restore: Restore, schedule: Schedule, calls: int) -> Restore:
@@ -139,14 +145,23 @@ def _strangers(source: schema.Optimizer | None, live: OptimizerCapture) -> Itera
     """Why the two have nothing to do with each other."""
     if source is None:
         yield Problem("missing", _SECTION, "(all of it; pass optimizer=False to load weights only)", live=live.type)
-    elif CUSTOM in (source.family, live.family) or not source.groups or not live.groups:
+    elif CUSTOM in (there := _families(source)) | (here := _families(live)) or not source.groups or not live.groups:
         told = [f"{side.type} ({side.family})" for side in (source, live)]
         hint = "; pass tx= to save() and load() for a bare state of optax, which does not say what it is of"
         yield Problem("value", _SECTION, "family", stored=told[0], live=f"{told[1]}{hint}")
-    elif source.family != live.family:
-        yield Problem("value", _SECTION, "family", stored=source.family, live=live.family)
-    elif source.family not in updates.KNOWN:
-        yield Problem("value", _SECTION, "family", stored=source.family, live="no formulas for it in this library")
+    elif not any(akin(one, other) for one in there for other in here):
+        yield Problem("value", _SECTION, "family", stored=" and ".join(sorted(there)), live=" and ".join(sorted(here)))
+    elif unknown := sorted((there | here) - updates.KNOWN):
+        yield Problem("value", _SECTION, "family", stored=" and ".join(unknown), live="no formulas for it in this library")
+
+
+def _families(described: schema.Optimizer | OptimizerCapture) -> set[str]:
+    return {group.family or described.family for group in described.groups} or {described.family}
+
+
+def _form(described: schema.Optimizer | OptimizerCapture, group: schema.ParameterGroup) -> Form:
+    conventions = {**described.conventions, **group.conventions}
+    return Form(group.family or described.family, conventions, _numbers(group.hyperparameters))
 
 
 class _Work:
@@ -182,7 +197,11 @@ class _Work:
             live = "one count for all: load what differs apart"
             self.problems.append(Problem("value", _SECTION, "step", stored="parameters of several steps", live=live))
         live_groups = list(self._live_groups())
-        translated = [self._translated(group) for group in live_groups]
+        corrected = any(_form(self.live, group).choice("momentum") == "corrected_average" for group in live_groups)
+        if corrected and self.source.step is None and self.checkpoint.manifest.progress.step is None:
+            live = "corrected by it: pass step= to save()"
+            self.problems.append(Problem("value", _SECTION, "step", stored="none", live=live))
+        translated = [self._translated(index, group) for index, group in enumerate(live_groups)]
         # A formula of another framework is one for all groups.
         exact = self.wishes.exact and any(_falls_short(each) for several in translated for each in several.values())
         for index, group in enumerate(live_groups):
@@ -257,7 +276,7 @@ class _Work:
         rates = self.live.rates(np.array([self.step]))[0] if self.live.rates else None
         for index, group in enumerate(self.live.groups):
             scheduled = {"learning_rate": float(rates[index])} if rates is not None else {}
-            yield schema.ParameterGroup(parameters=group.parameters, hyperparameters={**group.hyperparameters, **scheduled})
+            yield msgspec.structs.replace(group, hyperparameters={**group.hyperparameters, **scheduled})
 
     def _group(
         self,
@@ -271,7 +290,8 @@ class _Work:
         if not translated:
             return ContinuedGroup(parameters=group.parameters, hyperparameters={}, conventions={}), []
         if exact:
-            translated = {each: self._untouched(each, found) for each, found in translated.items()}
+            here = _form(self.live, group)
+            translated = {each: self._untouched(each, here, found) for each, found in translated.items()}
         (source, first), *others = translated.items()
         for _, other in others:
             self._agree(index, first, other)
@@ -287,47 +307,74 @@ class _Work:
         missing = []
         for name in group.parameters:
             owner = self._owner(name)
-            own = translated.get(self.group_of.get(owner or "", source), first)
-            if not self._slots_of(name, owner, own.form, own.slots, slots):
+            own = translated.get(self.group_of.get(owner or "", source))
+            if not self._slots_of(name, owner if own else None, (own or first).form, own.slots if own else {}, slots):
                 missing.append(name)
         if missing:
             self._incomplete(missing, items)
-        held = group.hyperparameters
+        held, choices = group.hyperparameters, self.live.choices[index]
         values = {
             name: value
-            for name in sorted(self.live.settable - STRUCTURAL)
+            for name in sorted(self.live.settable[index] - STRUCTURAL)
             if (value := first.form.value(name)) is not None and value != held.get(name, UNUSED.get(name))
         }
         conventions = {
             name: choice
             for name, choice in first.form.conventions.items()
-            if choice in self.live.choices.get(name, ()) and choice != self.live.conventions.get(name)
+            if choice in choices.get(name, ()) and choice != _form(self.live, group).choice(name)
         }
         return ContinuedGroup(parameters=group.parameters, hyperparameters=values, conventions=conventions, form=form), items
 
-    def _translated(self, group: schema.ParameterGroup) -> dict[int, Translated]:
+    def _translated(self, index: int, group: schema.ParameterGroup) -> dict[int, Translated]:
         """What the groups of the checkpoint that a live one takes its parameters from become in it."""
-        live = Live(
-            Form(self.live.family, self.live.conventions, _numbers(group.hyperparameters)),
-            self.live.settable,
-            self.live.choices,
-            self.live.rates is not None,
-        )
+        live = Live(_form(self.live, group), self.live.settable[index], self.live.choices[index], self.live.rates is not None)
         owners = [self._owner(name) for name in group.parameters]
-        return {
-            index: translate(self._source_form(index), live, self.step, self._samples(self.source.groups[index]))
-            for index in sorted({self.group_of[owner] for owner in owners if owner in self.group_of})
-        }
+        found = {}
+        for each in sorted({self.group_of[owner] for owner in owners if owner in self.group_of}):
+            source = self._source_form(each, live.form)
+            if akin(source.family, live.form.family):
+                translated = translate(source, live, self.step, self._samples(self.source.groups[each], live.form))
+                if source.choice("scale") == "width" and (wrong := list(self._astray(group, each, live.form))):
+                    here = "outputs by inputs, which are the other way round here"
+                    item = Item("scale", Exactness.APPROXIMATE, ", ".join(wrong), here, math.inf)
+                    translated = replace(translated, items=[*translated.items, item])
+                found[each] = translated
+            else:
+                names = [
+                    name for name, owner in zip(group.parameters, owners, strict=True) if self.group_of.get(owner or "") == each
+                ]
+                told = f"{live.form.family} for {', '.join(names)}"
+                problem = Problem("value", _SECTION, f"family of group {index}", stored=source.family, live=told)
+                self.problems.append(problem)
+        return found
 
-    def _untouched(self, index: int, translated: Translated) -> Translated:
-        """A group that goes on by the formula of the checkpoint: what is left are the learning rate and the clipping."""
+    def _astray(self, group: schema.ParameterGroup, source: int, live: Form) -> Iterator[str]:
+        """Matrices that do not lie as other matrices of the two frameworks do to each other, as tables of embeddings do not."""
+        turned = _form(self.source, self.source.groups[source]).choice("outputs") != live.choice("outputs")
+        for name in group.parameters:
+            shape, moves = self.plan.target.tensors[name][0], self.made.get(name, ())
+            owner = self._owner(name)
+            if len(shape) != 2 or shape[0] == shape[1] or len(moves) != 1 or self.group_of.get(owner or "") != source:
+                continue
+            if (_lies_in(moves[0].target, moves[0].sources[0], 0) == 1) != turned:
+                yield name
+
+    def _untouched(self, index: int, live: Form, translated: Translated) -> Translated:
+        """A group that goes on by the formula of the checkpoint: what is left are what no formula of ours gives (the precision
+        of another library), the learning rate and the clipping.
+        """
         rate = [each for each in translated.differences if each.name == "learning_rate"]
-        clips = [item for item in translated.items if item.name in CLIPS]
-        return Translated(self._source_form(index), {}, clips, rate)
+        left = [item for item in translated.items if item.name in CLIPS or (item.name == "precision" and not item.remedy)]
+        form = self._source_form(index, live)
+        ours = {name: choice for name, choice in form.conventions.items() if name != "precision"}
+        return Translated(replace(form, conventions=ours), {}, left, rate)
 
-    def _source_form(self, index: int) -> Form:
-        values = _numbers(self.source.groups[index].hyperparameters)
-        return Form(self.source.family, self.source.conventions, values)
+    def _source_form(self, index: int, live: Form) -> Form:
+        """The form of a group of the checkpoint, over matrices that lie as they do here."""
+        form = _form(self.source, self.source.groups[index])
+        if not form.choice("outputs") or not live.choice("outputs"):
+            return form
+        return replace(form, conventions={**form.conventions, "outputs": live.choice("outputs")})
 
     def _agree(self, index: int, first: Translated, other: Translated) -> None:
         """One live group for several of the checkpoint: what they are set to must be the same."""
@@ -355,7 +402,7 @@ class _Work:
 
     def _incomplete(self, missing: Sequence[str], items: list[Item]) -> None:
         """Parameters whose slots do not all come one by one from the checkpoint."""
-        folded = [name for name in missing if name in self.made and self._is_folded(name)]
+        folded = [name for name in missing if name in self.made and self._is_folded(name, self._owner(name))]
         others = [name for name in missing if name not in folded]
         if folded:
             here = "another number of parameters for the same, which move at another pace"
@@ -384,8 +431,15 @@ class _Work:
             return tensor
         return next((other for other in _tied(aliases, tensor) if other in self.group_of), tensor)
 
-    def _is_folded(self, name: str) -> bool:
-        return any(len(move.sources) != 1 or move.formula for move in self.made[name])
+    def _is_folded(self, name: str, owner: str | None) -> bool:
+        """Whether a parameter does not go on as the one of the checkpoint alone does."""
+        moves = self.made[name]
+        if any(len(move.sources) != 1 or move.formula for move in moves):
+            return True
+        source = self.source.groups[self.group_of[owner]] if owner in self.group_of else None
+        if source is None or (source.family or self.source.family) not in WHOLE:
+            return False
+        return len(moves) != 1 or bool(moves[0].target.pick or moves[0].sources[0].pick)
 
     def _slots_of(
         self,
@@ -397,7 +451,7 @@ class _Work:
     ) -> bool:
         """Put the slots of a parameter into `slots`; whether all of them came one by one from the checkpoint."""
         shape, dtype = self.plan.target.tensors[name]
-        whole = owner is not None and not self._is_folded(name)
+        whole = owner is not None and not self._is_folded(name, owner)
         for meaning, (size, first) in updates.slots_of(form, shape).items():
             tensor = None
             if meaning == "momentum_product":
@@ -417,8 +471,7 @@ class _Work:
     def _product(self, form: Form, owner: str | None, dtype: str) -> StoredTensor:
         """NAdam's product: the checkpoint's, where the schedule is the same."""
         held = self.stored.get("momentum_product", {}).get(owner or "")
-        index = self.group_of.get(owner or "", 0)
-        source = self._source_form(index)
+        source = self._source_form(self.group_of.get(owner or "", 0), form)
         if held is not None and updates.momentum_of(source, 1) == updates.momentum_of(form, 1):
             return held
         return Made("momentum_product", dtype, (), lambda: np.asarray(updates.momentum_product(form, self.step)))
@@ -488,8 +541,9 @@ class _Work:
 
     # What tells how exact it is.
 
-    def _samples(self, group: schema.ParameterGroup) -> list[Sample]:
-        """Parts of a few parameters of a group of the checkpoint with their slots."""
+    def _samples(self, group: schema.ParameterGroup, live: Form) -> list[Sample]:
+        """Parts of a few parameters of a group of the checkpoint with their slots, with matrices as they lie here."""
+        turned = _form(self.source, group).choice("outputs") != live.choice("outputs")
         found: list[Sample] = []
         left = _SAMPLED
         for name in group.parameters:
@@ -502,7 +556,7 @@ class _Work:
                 if name in entries:
                     sample[meaning] = _part(meaning, entries[name].numpy(), weight.shape, box)
             left -= sample["w"].size
-            found.append(sample)
+            found.append({meaning: part.T if turned else part for meaning, part in sample.items()})
         return found
 
 
@@ -554,6 +608,14 @@ def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def _signed(piece: Piece, linear: bool) -> Piece:
     return piece if linear or piece.sign > 0 else replace(piece, sign=1)
+
+
+def _lies_in(target: Piece, source: Piece, axis: int) -> int | None:
+    """The axis of `source` that `axis` of `target` begins in."""
+    places = {name: place for place, group in enumerate(target.order) for name in group}
+    place = next((places[name] for name in target.axes[axis] if name in places), None)
+    there = source.order[place] if place is not None else ()
+    return next((index for index, group in enumerate(source.axes) if set(group) & set(there)), None)
 
 
 def _without(piece: Piece, group: tuple[str, ...]) -> Piece:

@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 
-from polyckpt.schema import Optimizer
+import msgspec
+
+from polyckpt.schema import Optimizer, ParameterGroup
 
 CUSTOM = "custom"
 
@@ -59,7 +61,8 @@ FAMILIES: dict[str, frozenset[str]] = {
     ),
     "lion": frozenset({"first_moment"}),
     "lamb": _ADAM,
-    "muon": frozenset({"momentum", "first_moment", "second_moment"}),
+    # What is no matrix goes on by Adam in most.
+    "muon": _ADAM | {"momentum"},
     "ftrl": frozenset({"squared_sum", "linear"}),
     "rprop": frozenset({"previous_gradient", "step_size"}),
     "asgd": frozenset({"parameter_average", "schedule"}),
@@ -86,6 +89,11 @@ HYPERPARAMETERS: dict[str, str] = {
     "learning_rate_decay": "lr / (1 + step * this)",
     "momentum_decay": "decay of the momentum schedule (NAdam)",
     "initial_accumulator": "first value of the squared sum",
+    "iterations": "of Newton and Schulz (Muon)",
+    "coefficient1": "of x in an iteration (Muon)",
+    "coefficient2": "of (x x^T) x in an iteration (Muon)",
+    "coefficient3": "of (x x^T)^2 x in an iteration (Muon)",
+    "rms_rate": "factor of the convention `scale` where the longer axis is it (Muon)",
     "clip_threshold": "bound of the root mean square of an update (Adafactor)",
     "factored_from": "length of the longest axis but one from which the second moment is factored (Adafactor), none for any",
     "clip_value": "bound of each element of g",
@@ -103,6 +111,8 @@ CONVENTIONS: dict[str, dict[str, str]] = {
         "in_norm": "max(decayed norm, |g| + epsilon)",
         "in_square": "average of g^2 + epsilon",
         "as_bound": "max(average of g^2, epsilon)",
+        "beside_norm": "norm of the momentum + epsilon",
+        "bound_of_norm": "max(norm of the momentum, epsilon)",
     },
     "weight_decay": {
         "coupled": "g + weight_decay * w, before the slots",
@@ -114,6 +124,7 @@ CONVENTIONS: dict[str, dict[str, str]] = {
         "scaled_by_learning_rate": "the momentum holds updates, to be added: -lr was multiplied in when each came",
         "scaled_and_subtracted": "the momentum holds updates, to be subtracted: lr was multiplied in when each came",
         "average": "the momentum holds an average of gradients: each came with a share of 1 - momentum",
+        "corrected_average": "as average, and divided by 1 - momentum ** step at each update",
     },
     "max_second_moment": {
         "raw": "maximum of the second moment",
@@ -127,6 +138,13 @@ CONVENTIONS: dict[str, dict[str, str]] = {
         "as_given": "lr",
         "bounded": "min(lr, 1 / sqrt(step))",
     },
+    "scale": {
+        "width": "sqrt(max(1, outputs / inputs)) multiplies an orthogonal update",
+        "longer_axis": "rms_rate * sqrt(longer axis) does",
+        "none": "nothing does",
+    },
+    "outputs": {"first": "the first axis of a matrix is that of outputs", "last": "the last one is"},
+    "precision": {"of_weights": "orthogonal updates are computed in the type of the weights", "bfloat16": "in bfloat16"},
     "accumulator": {"sum": "the accumulator holds a sum of gradients", "mean": "their running mean"},
 }
 """Convention -> choice -> formula."""
@@ -154,6 +172,12 @@ CLIPS = frozenset({"clip_value", "clip_norm", "clip_global_norm"})
 AVERAGED = {"row_second_moment": -1, "column_second_moment": -2}
 """Slots that lack an axis of their parameter -> which."""
 
+WHOLE = frozenset({"lamb", "adafactor", "muon"})
+"""Families whose update of an element depends on all of its parameter, so that parts of one do not go on as the whole."""
+
+KIN = frozenset({frozenset({"adam", "nadam"})})
+"""Families with the same slots, of which one can go on where the other stopped, if not exactly."""
+
 LINEAR = frozenset({"first_moment", "momentum", "previous_gradient", "linear", "gradient_accumulator", "parameter_average"})
 """Slots that change their sign with the parameter; the others are of even degree in g."""
 
@@ -162,18 +186,39 @@ def problems(optimizer: Optimizer) -> Iterator[str]:
     """What a described optimizer says that the tables do not know, one line each."""
     if optimizer.family != CUSTOM and optimizer.family not in FAMILIES:
         yield f"family {optimizer.family!r} is not in the table"
+    families = {optimizer.family, *(group.family for group in optimizer.groups if group.family)}
+    yield from (f"family {family!r} of a group is not in the table" for family in families - {optimizer.family, *FAMILIES})
+    held = _ANY.union(*(FAMILIES.get(family, MEANINGS.keys()) for family in families))
     for slot, entry in optimizer.slots.items():
         if entry.meaning not in MEANINGS:
             yield f"slot {slot}: meaning {entry.meaning!r} is not in the table"
-        elif optimizer.family in FAMILIES and entry.meaning not in FAMILIES[optimizer.family] | _ANY:
-            yield f"slot {slot}: {optimizer.family} has no {entry.meaning}"
-    for name, choice in optimizer.conventions.items():
-        if choice not in CONVENTIONS.get(name, {}):
-            yield f"convention {name}: {choice!r} is not in the table"
+        elif entry.meaning not in held:
+            yield f"slot {slot}: {' and '.join(sorted(families))} has no {entry.meaning}"
+    for conventions in (optimizer.conventions, *(group.conventions for group in optimizer.groups)):
+        for name, choice in conventions.items():
+            if choice not in CONVENTIONS.get(name, {}):
+                yield f"convention {name}: {choice!r} is not in the table"
     for group in optimizer.groups:
         for name in group.hyperparameters:
             if name not in HYPERPARAMETERS:
                 yield f"hyperparameter {name!r} is not in the table"
+
+
+def akin(one: str, other: str) -> bool:
+    """Whether an optimizer of one family can go on where one of the other stopped."""
+    return one == other or frozenset({one, other}) in KIN
+
+
+def common(conventions: Sequence[Mapping[str, str]]) -> dict[str, str]:
+    """The conventions that all of several groups have."""
+    first, *others = conventions or [{}]
+    return {name: choice for name, choice in first.items() if all(each.get(name) == choice for each in others)}
+
+
+def apart(group: ParameterGroup, family: str, conventions: Mapping[str, str]) -> ParameterGroup:
+    """A group that says of itself only what its optimizer does not say."""
+    own = {name: choice for name, choice in group.conventions.items() if conventions.get(name) != choice}
+    return msgspec.structs.replace(group, family=group.family if group.family != family else None, conventions=own)
 
 
 def factored(meaning: str, shape: tuple[int, ...]) -> str:

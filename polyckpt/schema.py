@@ -81,10 +81,15 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ParameterGroup(msgspec.Struct, frozen=True, kw_only=True):
-    """Parameters (names of weights) that share hyperparameters; names of those are in polyckpt.optimizers."""
+    """Parameters (names of weights) that share hyperparameters; names of those are in polyckpt.optimizers.
+
+    family, conventions: where they are others than those of the optimizer (format 1.2).
+    """
 
     parameters: tuple[str, ...]
     hyperparameters: dict[str, Hyperparameter]
+    family: str | None = None
+    conventions: dict[str, str] = {}
 
 
 class Slot(msgspec.Struct, frozen=True, kw_only=True):

@@ -138,6 +138,8 @@ def _rates(optimized: OptimizerCapture, scheduler: Any, step: int | None, epoch:
     if schedule is None or (per_call := updates_per_call(schedule.calls, step, epoch)) is None:
         return None
     values = list(itertools.islice(schedule.rates(), _AHEAD[-1] + 1))
+    if len(values[0]) != len(optimized.groups):  # that of one of several optimizers
+        return None
     calls = [ahead for ahead in _AHEAD if ahead < len(values)]
     return _stored_rates([ahead * per_call for ahead in calls], [values[ahead] for ahead in calls])
 

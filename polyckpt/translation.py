@@ -93,7 +93,7 @@ class Change:
     """One aspect made the target's: the form after it, and what becomes of slots.
 
     stored, live, remedy: as in Item. rate: whether it takes a constant learning rate. quiet: whether it is worth no word where
-    nothing differs.
+    nothing differs. size: by how much it differs, where that cannot be measured on a part of a parameter.
     """
 
     name: str
@@ -104,6 +104,7 @@ class Change:
     remedy: str = ""
     rate: bool = False
     quiet: bool = False
+    size: float | None = None
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ def translate(source: Form, live: Live, step: int, samples: Sequence[Sample]) ->
         change = aspect(form, live, step)
         if change is None:
             continue
-        size = deviation(form, change.form, change.slots, step, samples)
+        size = deviation(form, change.form, change.slots, step, samples) if change.size is None else change.size
         if size > _EXACT or not change.quiet:
             items.append(_item(change, size, live))
         samples = [_changed(sample, change, step) for sample in samples]
@@ -195,6 +196,50 @@ def _with(form: Form, conventions: Mapping[str, str] | None = None, **values: An
 # The aspects.
 
 
+def _family(form: Form, live: Live, step: int) -> Change | None:
+    if form.family == live.form.family:
+        return None
+    names = "momentum_schedule", "momentum_decay"
+    conventions = {name: choice for name, choice in form.conventions.items() if name not in names}
+    values = {name: value for name, value in form.hyperparameters.items() if name not in names}
+    # What the formula of the live one has beside.
+    conventions |= {name: choice for name, choice in live.form.conventions.items() if name in names}
+    values |= {name: value for name, value in live.form.hyperparameters.items() if name in names}
+    return Change("family", Form(live.form.family, conventions, values), form.family, live.form.family, remedy=_ON_REQUEST)
+
+
+def _scale(form: Form, live: Live, step: int) -> Change | None:
+    here, there = form.choice("scale"), live.form.choice("scale")
+    if here != there and here not in live.choices.get("scale", ()):
+        told = (_SCALES[here], _SCALES[there])
+        after = _with(form, {"scale": there}, rms_rate=live.form.value("rms_rate"))
+        return Change("scale", after, *told, remedy=_ON_REQUEST, size=math.inf)
+    if here != "longer_axis":  # then the factor of it means nothing
+        return Change("scale", _with(form, rms_rate=None), "", "", quiet=True) if form.value("rms_rate") else None
+    stored, held = form.value("rms_rate"), live.form.value("rms_rate") or _ONLY_RMS_RATE
+    if stored == held or "rms_rate" in live.settable:
+        return None
+    rate, decay = form.value("learning_rate") * stored / held, form.value("weight_decay") * held / stored
+    after = _with(form, rms_rate=held, learning_rate=rate, weight_decay=decay)
+    return Change("scale", after, f"{stored:g} * sqrt(longer axis)", f"{held:g} of it, with the learning rate {rate:g}")
+
+
+_SCALES = {"width": "sqrt(outputs / inputs)", "longer_axis": "sqrt(longer axis)", "none": "none"}
+_ONLY_RMS_RATE = 0.2
+"""What a framework that lets one choose the scale, but not its factor, multiplies with (Liu et al. 2025)."""
+
+
+def _precision(form: Form, live: Live, step: int) -> Change | None:
+    here, there = form.choice("precision", "of_weights"), live.form.choice("precision", "of_weights")
+    if here == there:
+        return None
+    remedy = _ON_REQUEST if here == "of_weights" else ""
+    return Change("precision", _with(form, {"precision": there}), _PRECISIONS[here], _PRECISIONS[there], remedy=remedy)
+
+
+_PRECISIONS = {"of_weights": "products of matrices in the type of the weights", "bfloat16": "in bfloat16"}
+
+
 def _dampening(form: Form, live: Live, step: int) -> Change | None:
     share = form.value("dampening")
     if not share or "dampening" in live.form.hyperparameters:
@@ -252,6 +297,8 @@ _PLACES = {
     "in_norm": "in the norm",
     "in_square": "in the square",
     "as_bound": "as a lower bound",
+    "beside_norm": "beside the norm",
+    "bound_of_norm": "as a lower bound of the norm",
 }
 
 
@@ -297,7 +344,8 @@ def _momentum(form: Form, live: Live, step: int) -> Change | None:
     stored, holds = (_HOLDS[bool(side[1])] for side in (here, there))
     after = _with(form, {"momentum": choice})
     if not power:
-        return Change("momentum", after, stored, f"{holds}, scaled by {scale:g}", {"momentum": Affine(scale)})
+        told = stored, f"{holds}, scaled by {scale:g}"
+        return Change("momentum", after, *told, {"momentum": Affine(scale)}, _ON_REQUEST)
     if not rate:
         holds = f"{holds}, which a learning rate of zero does not tell: it starts anew"
         return Change("momentum", after, stored, holds, {"momentum": Affine(0.0)}, _ON_REQUEST, rate=True)
@@ -350,7 +398,20 @@ def _factored(form: Form, live: Live, step: int) -> Change | None:
     return Change("factored", _with(form, factored_from=there), stored, held, remedy=_ON_REQUEST, quiet=True)
 
 
-_ASPECTS = (_factored, _dampening, _rate_decay, _rate, _schedule, _epsilon, _weight_decay, _momentum, _maximum)
+_ASPECTS = (
+    _family,
+    _scale,
+    _precision,
+    _factored,
+    _dampening,
+    _rate_decay,
+    _rate,
+    _schedule,
+    _epsilon,
+    _weight_decay,
+    _momentum,
+    _maximum,
+)
 
 
 # By how much two forms differ.
@@ -428,9 +489,9 @@ def _size(form: Form, sample: Sample, step: int) -> np.ndarray:
     elif "first_moment" in sample:
         size = np.abs(sample["first_moment"])
     elif "momentum" in sample:
-        power = MOMENTA[form.choice("momentum", "unscaled")][1]
+        _, power, averaged = MOMENTA[form.choice("momentum", "unscaled")]
         size = np.abs(sample["momentum"]) / ((form.value("learning_rate") or 1.0) if power else 1.0)
-        size = size * (1 - form.value("momentum"))  # what a constant gradient adds up to
+        size = size if averaged else size * (1 - form.value("momentum"))  # what a constant gradient adds up to
     else:
         return np.ones(sample["w"].shape)
     return np.broadcast_to(size, sample["w"].shape) if size.any() else np.full(sample["w"].shape, 1e-2)

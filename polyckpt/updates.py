@@ -13,6 +13,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import ml_dtypes
+
 from polyckpt.optimizers import AVERAGED, UNUSED
 
 Array = Any
@@ -21,8 +23,8 @@ Number = Any
 
 
 Math = Any
-"""A namespace with the functions that formulas need beside operators: abs, sqrt, sign, maximum, minimum, where and sum (with
-axis and keepdims). numpy, jax.numpy and keras.ops are such.
+"""A namespace with the functions that formulas need beside operators: abs, sqrt, sign, maximum, minimum, where, transpose and
+sum (with axis and keepdims). numpy, jax.numpy and keras.ops are such.
 """
 
 
@@ -49,6 +51,7 @@ MOMENTA = {
     "scaled_by_learning_rate": (-1, 1, 0),
     "scaled_and_subtracted": (1, 1, 0),
     "average": (1, 0, 1),
+    "corrected_average": (1, 0, 1),
 }
 """Convention `momentum` -> (sign, power of lr, power of 1 - momentum) of what is held beside the plain sum of gradients."""
 
@@ -71,6 +74,7 @@ def slots_of(form: Form, shape: tuple[int, ...]) -> dict[str, tuple[tuple[int, .
         "adadelta": ["second_moment", "squared_update"],
         "lion": ["first_moment"],
         "lamb": ["first_moment", "second_moment"],
+        "muon": ["momentum"],
         "adafactor": ["row_second_moment", "column_second_moment"] if factored else ["second_moment"],
     }[form.family]
     first = {"squared_sum": form.value("initial_accumulator") or 0.0, "momentum_product": 1.0}
@@ -292,6 +296,50 @@ def _adafactor(form: Form, xp: Math, g: Array, w: Array, slots: Mapping[str, Arr
     return w - rate * direction, new
 
 
+def _muon(form: Form, xp: Math, g: Array, w: Array, slots: Mapping[str, Array], t: Number, lr: Number) -> Result:
+    momentum, choice = form.value("momentum"), form.choice("momentum")
+    share = (1 - momentum) ** MOMENTA[choice][2]
+    held = momentum * slots["momentum"] + share * g
+    now, then = (1 - momentum**t, 1 - momentum ** (t + 1)) if choice == "corrected_average" else (1.0, 1.0)
+    x = momentum * held / then + share * g / now if form.value("nesterov") else held / now
+    return w - lr * _scale(form, tuple(w.shape)) * _orthogonal(form, xp, x), {"momentum": held}
+
+
+def _scale(form: Form, shape: tuple[int, ...]) -> float:
+    """What multiplies the orthogonal update of a matrix."""
+    outputs, inputs = shape if form.choice("outputs") == "first" else shape[::-1]
+    return {
+        "width": math.sqrt(max(1.0, outputs / inputs)),
+        "longer_axis": (form.value("rms_rate") or 0.0) * math.sqrt(max(shape)),
+        "none": 1.0,
+    }[form.choice("scale")]
+
+
+def _orthogonal(form: Form, xp: Math, x: Array) -> Array:
+    """A matrix with the singular vectors of `x` and singular values near one, by the iteration of Newton and Schulz.
+
+    In bfloat16, which the convention `precision` may ask for, only NumPy computes it here: to tell what that amounts to.
+    """
+    rounded = _to_bfloat16 if form.choice("precision") == "bfloat16" else _as_it_is
+    a, b, c = (form.value(f"coefficient{index}") for index in (1, 2, 3))
+    tall = x.shape[0] > x.shape[1]
+    x = rounded(xp.transpose(x) if tall else x)
+    norm, epsilon = xp.sqrt(xp.sum(x * x)), form.value("epsilon")
+    x = rounded(x / (xp.maximum(norm, epsilon) if form.choice("epsilon") == "bound_of_norm" else norm + epsilon))
+    for _ in range(int(form.value("iterations"))):
+        square = rounded(x @ xp.transpose(x))
+        x = rounded(a * x + rounded(b * square + c * (square @ square)) @ x)
+    return xp.transpose(x) if tall else x
+
+
+def _to_bfloat16(x: Array) -> Array:
+    return x.astype(ml_dtypes.bfloat16).astype(x.dtype)
+
+
+def _as_it_is(x: Array) -> Array:
+    return x
+
+
 def _mean(xp: Math, x: Array, axis: int, keepdims: bool = False) -> Array:
     return xp.sum(x, axis=axis, keepdims=keepdims) / x.shape[axis]
 
@@ -315,6 +363,7 @@ _FORMULAS: dict[str, _Formula] = {
     "lion": _lion,
     "lamb": _lamb,
     "adafactor": _adafactor,
+    "muon": _muon,
 }
 
 KNOWN = frozenset(_FORMULAS)

@@ -48,7 +48,7 @@ _MEANINGS: dict[tuple[str, str], str] = {
     ("ScaleByAmsgradState", "nu_max"): "max_second_moment",
     ("ScaleByBeliefState", "mu"): "first_moment",
     ("ScaleByLionState", "mu"): "first_moment",
-    ("MuonState", "mu"): "first_moment",
+    ("MuonState", "mu"): "momentum",
     ("ScaleByRmsState", "nu"): "second_moment",
     ("ScaleByRmsWithCountState", "nu"): "second_moment",
     ("ScaleByRStdDevState", "mu"): "first_moment",
@@ -143,7 +143,12 @@ def capture(optimizer: Any, model: ModelCapture) -> OptimizerCapture:
     meanings = {slot: _meaning(by_slot[slot].owner) for slot in slots}
     told = _told(optimizer, state, prefix, model)
     if told is not None:
-        meanings |= {slot: meaning for slot in slots if (meaning := _ADAM_NU.get((told.family, *by_slot[slot].owner)))}
+        of = {name: group.family or told.family for group in told.groups for name in group.parameters}
+        for slot, entries in slots.items():
+            families = {of[name] for name in entries if name in of}
+            found_as = {_ADAM_NU[each, *owner] for each in families if (each, *(owner := by_slot[slot].owner)) in _ADAM_NU}
+            if len(found_as) == 1:
+                meanings[slot] = found_as.pop()
     injected = {path: node for path, (kind, node) in states.items() if kind in _INJECTED}
     groups = [_group(path, node, slots, model) for path, node in injected.items()]
     rates = [
@@ -167,7 +172,8 @@ def capture(optimizer: Any, model: ModelCapture) -> OptimizerCapture:
             **({_CONTINUED: _forms(told)} if told and _is_continued(states) else {}),
         },
         learning_rate=told.learning_rate if told else rates[0] if len(rates) == 1 else None,
-        settable=told.settable if told else frozenset(),
+        settable=[each.settable for each in told.described] if told else [frozenset()] * len(groups),
+        choices=[{}] * len(told.groups if told else groups),
         rates=(lambda steps: _rates(told, steps)) if told and told.scheduled else None,
     )
 
@@ -195,7 +201,6 @@ class _Told:
     conventions: dict[str, str]
     groups: list[ParameterGroup]
     learning_rate: float | tuple[float, ...]
-    settable: frozenset[str]
     scheduled: bool
     described: list[Described]
 
@@ -208,7 +213,7 @@ _ADAM_NU = {
 
 
 def _told(optimizer: Any, state: Any, prefix: str | None, model: ModelCapture) -> _Told | None:
-    """What the transformation says, where it is at hand and can be read; groups of two families are beyond the tables."""
+    """What the transformation says, where it is at hand and can be read."""
     tx = optimizer.tx() if isinstance(optimizer, Carried) else getattr(optimizer, "tx", None)
     if tx is None:
         return None
@@ -218,27 +223,22 @@ def _told(optimizer: Any, state: Any, prefix: str | None, model: ModelCapture) -
     found = transforms.describe(tx, state, {path: model.weights[name] for path, name in inside.items()})
     if not found:
         return None
-    conventions: dict[str, str] = {}
-    for _, described in found:
-        conventions |= described.conventions
-    if len({described.family for _, described in found}) > 1 or any(
-        conventions[name] != choice for _, described in found for name, choice in described.conventions.items()
-    ):
-        return None
+    family, conventions = found[0][1].family, optimizers.common([described.conventions for _, described in found])
     groups = [
         ParameterGroup(
             parameters=tuple(inside[path] for path in paths),
             hyperparameters={name: to_number(value) for name, value in described.hyperparameters.items()},
+            family=described.family,
+            conventions=dict(described.conventions),
         )
         for paths, described in found
     ]
     rates = tuple(float(described.hyperparameters["learning_rate"]) for _, described in found)
     return _Told(
-        found[0][1].family,
+        family,
         conventions,
-        groups,
+        [optimizers.apart(group, family, conventions) for group in groups],
         rates if len(rates) > 1 else rates[0],
-        settable=frozenset.intersection(*(each.settable for _, each in found)),
         scheduled=any(each.rate is not None for _, each in found),
         described=[each for _, each in found],
     )

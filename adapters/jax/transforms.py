@@ -245,6 +245,12 @@ _ROWS: dict[str, _Row] = {
     "scale_by_factored_rms": _Row(
         "adafactor", {"epsilon": "epsilon"}, {"epsilon": "in_square", "rate": "as_given"}, needs={"step_offset": 0}
     ),
+    "scale_by_muon": _Row(
+        "muon",
+        {"beta": "momentum", "eps": "epsilon", "nesterov": "nesterov", "ns_steps": "iterations"},
+        {"momentum": "corrected_average", "epsilon": "beside_norm", "outputs": "last", "scale": "none"},
+        needs={"adaptive": False, "preconditioning": "frobenius"},
+    ),
 }
 
 _GRADIENT_ONLY = {"clip", "clip_by_global_norm", "clip_by_block_rms", "adaptive_grad_clip", "zero_nans"}
@@ -299,6 +305,10 @@ def _described(steps: Sequence[Step]) -> Described:
         elif step.name in ("scale", "scale_by_schedule"):
             rate *= _factor(step)
             rated = True
+        elif step.name == "scale_by_shape" and family == "muon":
+            _check_axes(step)
+            conventions["scale"] = "width" if step.values["consistent_rms"] is None else "longer_axis"
+            values |= {"rms_rate": step.values["consistent_rms"]} if step.values["consistent_rms"] is not None else {}
         elif step.name == "scale_by_param_block_rms" and family == "adafactor":
             values["epsilon2"] = step.values["min_scale"]
         elif step.name == "clip_by_block_rms" and family == "adafactor":
@@ -354,9 +364,27 @@ def _special(step: Step, conventions: dict[str, str], values: dict[str, Any]) ->
         conventions["epsilon"] = "inside_sqrt" if step.values["eps_in_sqrt"] else "outside_sqrt"
     if step.name == "scale_by_adam" and step.values["nesterov"]:
         conventions["momentum_schedule"] = "constant"
+    if step.name == "scale_by_muon":
+        _check_axes(step)
+        coefficients = np.asarray(step.state.ns_coeffs)
+        if coefficients.shape != (3,):
+            raise _UnknownError("coefficients that change from one iteration to the next")
+        values |= {f"coefficient{place + 1}": float(each) for place, each in enumerate(coefficients)}
     if step.name == "scale_by_factored_rms":
         values["beta2_decay"] = -step.values["decay_rate"]
         values["factored_from"] = step.values["min_dim_size_to_factor"] if step.values["factored"] else np.inf
+
+
+def _check_axes(step: Step) -> None:
+    """That an orthogonal update is that of matrices with their inputs first, and of nothing else."""
+    given = step.values["weight_dimension_numbers"]
+    if callable(given):
+        given = held(given)["muon_weight_dimension_numbers"]
+    # optax.contrib.muon puts its default where it was given none.
+    if given is not None and tuple(given) != (0, 1):
+        raise _UnknownError("axes of other matrices")
+    if any(len(leaf.shape) != 2 for name, leaf in step.at.parameters.items() if step.at.only is None or name in step.at.only):
+        raise _UnknownError("what is no matrix")
 
 
 def _factor(step: Step) -> float:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import keras
@@ -27,55 +27,56 @@ _SETTINGS = (
 class Continued(keras.optimizers.Optimizer):  # type: ignore[misc]
     """An optimizer of any family and convention of polyckpt.optimizers, as a continuation from another framework needs it.
 
-    learning_rate: a float or a schedule, 0.001 by default. family, conventions, hyperparameters: as in polyckpt.optimizers; the
-    weight decay among them takes the place of Keras's own. decays: that of each variable that it is built for, in their order,
-    where they differ. settings: those of every Keras optimizer. It is saved, loaded and
-    compiled like any other.
+    learning_rate: a float or a schedule, 0.001 by default. forms: what it computes, each as family, conventions and
+    hyperparameters of polyckpt.optimizers (the weight decay among them takes the place of Keras's own) and a `rate_factor`, by
+    which the learning rate is multiplied. of: which of the forms is that of each variable that it is built for, in their order;
+    None where there is one for all. settings: those of every Keras optimizer. It is saved, loaded and compiled like any other.
 
-    >>> Continued(0.1, "sgd", {"momentum": "unscaled"}, {"momentum": 0.9}).get_config()["family"]
+    >>> momentum = {"family": "sgd", "conventions": {"momentum": "unscaled"}, "hyperparameters": {"momentum": 0.9}}
+    >>> Continued(0.1, [{**momentum, "rate_factor": 1.0}]).get_config()["forms"][0]["family"]
     'sgd'
     """
 
     def __init__(
         self,
         learning_rate: Any = 0.001,
-        family: str = "sgd",
-        conventions: dict[str, str] | None = None,
-        hyperparameters: dict[str, Any] | None = None,
-        decays: list[float] | None = None,
+        forms: Sequence[Mapping[str, Any]] = (),
+        of: Sequence[int] | None = None,
         name: str = "continued",
         **settings: Any,
     ) -> None:
         super().__init__(learning_rate=learning_rate, name=name, **settings)
-        self.form = Form(family, dict(conventions or {}), dict(hyperparameters or {}))
-        self.decays = None if decays is None else [float(decay) for decay in decays]
+        self.forms = [dict(form) for form in forms]
+        self.of = None if of is None else [int(index) for index in of]
+
+    def index_of(self, index: int) -> int:
+        """Which form is that of the variable with this index."""
+        return 0 if self.of is None else self.of[index]
 
     def form_of(self, index: int) -> Form:
         """What is computed for the variable with this index."""
-        if self.decays is None:
-            return self.form
-        return replace(self.form, hyperparameters={**self.form.hyperparameters, "weight_decay": self.decays[index]})
+        told = self.forms[self.index_of(index)]
+        return Form(told["family"], told["conventions"], told["hyperparameters"])
 
     @classmethod
-    def instead_of(cls, optimizer: Any, form: Form, decays: list[float] | None = None) -> Continued:
-        """One of this form with the learning rate and the settings of `optimizer`."""
+    def instead_of(cls, optimizer: Any, forms: Sequence[Mapping[str, Any]], of: Sequence[int] | None) -> Continued:
+        """One of these forms with the learning rate and the settings of `optimizer`."""
         settings = {name: getattr(optimizer, name) for name in _SETTINGS}
-        values = {name: value for name, value in form.hyperparameters.items() if name != "learning_rate"}
         rate = optimizer._learning_rate
         rate = rate if isinstance(rate, keras.optimizers.schedules.LearningRateSchedule) else float(ops.convert_to_numpy(rate))
-        return cls(rate, form.family, dict(form.conventions), values, decays, **settings)
+        return cls(rate, forms, of, **settings)
 
     def build(self, variables: Any) -> None:
         if self.built:
             return
         super().build(variables)
         slots: dict[str, list[Any]] = {}
-        for variable in variables:
-            for meaning, (shape, first) in updates.slots_of(self.form, tuple(variable.shape)).items():
+        for index, variable in enumerate(variables):
+            for meaning, (shape, first) in updates.slots_of(self.form_of(index), tuple(variable.shape)).items():
                 made = self.add_variable(
                     shape=shape, initializer=keras.initializers.Constant(first), dtype=variable.dtype, name=meaning
                 )
-                slots.setdefault(meaning, [None] * len(variables))[self._get_variable_index(variable)] = made
+                slots.setdefault(meaning, [None] * len(variables))[index] = made
         for meaning, each in slots.items():
             setattr(self, f"_{meaning}", each)
         self._meanings = list(slots)
@@ -92,21 +93,15 @@ class Continued(keras.optimizers.Optimizer):  # type: ignore[misc]
             ops.convert_to_tensor(variable),
             slots,
             ops.cast(self.iterations + 1, dtype),
-            ops.cast(learning_rate, dtype),
+            ops.cast(learning_rate, dtype) * self.forms[self.index_of(index)]["rate_factor"],
         )
         for meaning, value in new.items():
             self.assign(held[meaning], value)
         self.assign(variable, weight)
 
     def described(self) -> dict[str, Any]:
-        """Family, conventions and hyperparameters, as the constructor takes them."""
-        form = self.form
-        return {
-            "family": form.family,
-            "conventions": dict(form.conventions),
-            "hyperparameters": dict(form.hyperparameters),
-            "decays": None if self.decays is None else list(self.decays),
-        }
+        """What the constructor takes beside settings."""
+        return {"forms": self.forms, "of": self.of}
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), **self.described()}

@@ -6,6 +6,7 @@ names. Wrappers (loss scaling, several optimizers in one) are walked, and what t
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -33,7 +34,8 @@ _WRAPPED = {"model_variables_moving_average": "parameter_average", "accumulated_
 class Row:
     """An optimizer class: family, slots as attribute -> meaning, hyperparameters as neutral name -> attribute.
 
-    fixed: hyperparameters that Keras does not let one choose.
+    fixed: hyperparameters that Keras does not let one choose. beside: what becomes of variables that the class hands to another
+    formula. rate, decay: where the learning rate of a row, relative to that of the optimizer, and its weight decay stand.
     """
 
     family: str
@@ -41,6 +43,9 @@ class Row:
     keys: Mapping[str, str] = field(default_factory=dict)
     conventions: Mapping[str, str] = field(default_factory=dict)
     fixed: Mapping[str, Any] = field(default_factory=dict)
+    beside: Row | None = None
+    rate: str = ""
+    decay: str = "weight_decay"
 
 
 _ADAM_ROW = Row(
@@ -92,9 +97,26 @@ _ROWS: dict[str, Row] = {
     ),
     "Muon": Row(
         "muon",
-        {"momentums": "momentum", "adam_velocities": "second_moment"},
-        {"momentum": "momentum", "nesterov": "nesterov"},
-        {"momentum": "unscaled"},
+        {"momentums": "momentum"},
+        {
+            "momentum": "momentum",
+            "nesterov": "nesterov",
+            "iterations": "ns_steps",
+            "coefficient1": "muon_a",
+            "coefficient2": "muon_b",
+            "coefficient3": "muon_c",
+            "rms_rate": "rms_rate",
+        },
+        {"momentum": "unscaled", "epsilon": "beside_norm", "outputs": "last"},
+        {"epsilon": 1e-7},
+        Row(
+            "adam",
+            {"adam_momentums": "first_moment", "adam_velocities": "second_moment"},
+            {"beta1": "adam_beta_1", "beta2": "adam_beta_2", "epsilon": "epsilon"},
+            {"epsilon": "before_bias_correction"},
+            rate="adam_lr_ratio",
+            decay="adam_weight_decay",
+        ),
     ),
     "Ftrl": Row(
         "ftrl", {"accumulators": "squared_sum", "linears": "linear"}, {"initial_accumulator": "initial_accumulator_value"}
@@ -130,17 +152,19 @@ def capture(optimizer: Any, parameters: Sequence[tuple[str, Any]]) -> OptimizerC
     inner = _innermost(optimizer)
     trained = _trained(inner, parameters)
     scheduled = isinstance(getattr(inner, "_learning_rate", None), keras.optimizers.schedules.LearningRateSchedule)
-    settable = frozenset() if scheduled else {"learning_rate"}
-    if not inner.built and row and not isinstance(inner, Continued):
-        settable |= {*row.keys, "weight_decay"}
-    groups = _groups(optimizer, row, trained or _trainable(parameters))
+    rate = frozenset() if scheduled else {"learning_rate"}
+    free = not inner.built and not isinstance(inner, Continued)
+    grouped = _grouped(optimizer, row, trained or _trainable(parameters))
+    common = optimizers.common([group.conventions for _, group in grouped])
+    family = grouped[0][1].family or optimizers.CUSTOM
+    accumulates = {"accumulator": "sum"} if any("accumulated_gradients" in slot for slot in state.slots) else {}
     return OptimizerCapture(
         type=type_name(optimizer),
-        family=row.family if row else optimizers.CUSTOM,
+        family=family,
         slots=slots,
         meanings={slot: _meaning(slot, row) for slot in slots},
-        groups=groups,
-        conventions=_conventions(inner, row, state, [variable for _, variable in trained or _trainable(parameters)]),
+        groups=[optimizers.apart(group, family, common) for _, group in grouped],
+        conventions={**common, **accumulates},
         step=int(keras.ops.convert_to_numpy(inner.iterations)),
         native={
             "built": bool(optimizer.built),
@@ -150,52 +174,107 @@ def capture(optimizer: Any, parameters: Sequence[tuple[str, Any]]) -> OptimizerC
             **({_CONTINUED: inner.described()} if isinstance(inner, Continued) else {}),
         },
         learning_rate=_learning_rate(optimizer),
-        settable=frozenset(settable),
-        choices={} if inner.built else {"weight_decay": frozenset({"decoupled"})},
+        settable=[
+            frozenset({*rate, *(each.keys if free and each else ()), *(("weight_decay",) if free else ())})
+            for each, _ in grouped
+        ],
+        choices=[{} if inner.built else _choices(each) for each, _ in grouped],
         wrappers=frozenset({"parameter_average"}) if inner.use_ema else frozenset(),
-        rates=(lambda steps: _rates(inner._learning_rate, steps, groups)) if scheduled else None,
+        rates=(lambda steps: _rates(inner._learning_rate, steps, [_factor(inner, each) for each, _ in grouped]))
+        if scheduled
+        else None,
     )
 
 
-def _rates(schedule: Any, steps: np.ndarray, groups: Sequence[ParameterGroup]) -> np.ndarray:
-    """What a schedule gives for each of `steps`, the same to all groups."""
+def _rates(schedule: Any, steps: np.ndarray, factors: Sequence[float]) -> np.ndarray:
+    """What a schedule gives for each of `steps`, times the factor of each group."""
     try:
         found = keras.ops.convert_to_numpy(schedule(keras.ops.convert_to_tensor(steps)))
     except Exception:  # one that decides by the step, which must then be a single one
         found = np.array([float(keras.ops.convert_to_numpy(schedule(int(step)))) for step in steps])
-    return np.repeat(np.broadcast_to(found, steps.shape)[:, None], len(groups), axis=1).astype(np.float64)
+    rates: np.ndarray = np.broadcast_to(found, steps.shape).astype(np.float64)[:, None] * np.array(factors)
+    return rates
 
 
-def _groups(optimizer: Any, row: Row | None, trained: Sequence[tuple[str, Any]]) -> list[ParameterGroup]:
-    """Parameters by their weight decay, in which alone they can differ: the optimizer's, or that of their L2 regularizer."""
+def _grouped(optimizer: Any, row: Row | None, trained: Sequence[tuple[str, Any]]) -> list[tuple[Row | None, ParameterGroup]]:
+    """Parameters by what is computed for them and their weight decay: the optimizer's, or that of their L2 regularizer; each
+    group with its row, and saying of itself all there is.
+    """
     inner = _innermost(optimizer)
-    values: dict[str, Any] = {"learning_rate": _learning_rate(optimizer)}
-    if isinstance(inner, Continued):
-        values = {**inner.form.hyperparameters, **values}
-    elif row:
-        values |= {name: getattr(inner, attribute, None) for name, attribute in row.keys.items()} | dict(row.fixed)
-    values |= {"clip_value": inner.clipvalue, "clip_norm": inner.clipnorm, "clip_global_norm": inner.global_clipnorm}
-    plain: dict[str, Hyperparameter] = {
-        name: to_number(value) for name, value in values.items() if isinstance(value, bool | int | float)
-    }
-    groups: dict[float | None, list[str]] = {}
+    groups: dict[tuple[int, float | None], tuple[Row | None, list[str]]] = {}
     for index, (name, variable) in enumerate(trained):
-        groups.setdefault(_decay(inner, variable, index), []).append(name)
-    return [
-        ParameterGroup(
-            parameters=tuple(inside), hyperparameters={**plain, **({"weight_decay": decay} if decay is not None else {})}
+        kind, own = _row_of(inner, row, variable, index)
+        groups.setdefault((kind, _decay(inner, row, own, variable, index)), (own, []))[1].append(name)
+    decays = {}
+    if not isinstance(inner, Continued):
+        decays = {"weight_decay": "coupled"} if any(_penalty(variable) for _, variable in trained) else {}
+        decays = {"weight_decay": "decoupled"} if _decouples(inner, row) else decays
+    found = []
+    for (_, decay), (own, inside) in (groups or {(0, None): (row, [])}).items():
+        conventions = {**own.conventions, **decays} if own else {}
+        if own and "rms_rate" in own.keys:
+            conventions["scale"] = "none" if inner.rms_rate is None else "longer_axis"
+        values = {**_values(optimizer, own), **({"weight_decay": decay} if decay is not None else {})}
+        group = ParameterGroup(
+            parameters=tuple(inside),
+            hyperparameters=values,
+            family=own.family if own else optimizers.CUSTOM,
+            conventions=conventions,
         )
-        for decay, inside in (groups or {None: []}).items()
-    ]
+        found.append((own, group))
+    return found
 
 
-def _decay(inner: Any, variable: Any, index: int) -> float | None:
-    """The weight decay of a variable; None where there is none."""
+def _values(optimizer: Any, row: Row | None) -> dict[str, Hyperparameter]:
+    """The hyperparameters of what a row computes, but for the weight decay."""
+    inner = _innermost(optimizer)
+    values: dict[str, Any] = {}
+    if row:
+        values |= {name: getattr(inner, attribute, None) for name, attribute in row.keys.items()} | dict(row.fixed)
+    if (rate := _learning_rate(optimizer)) is not None:
+        values["learning_rate"] = rate * _factor(inner, row)
+    values |= {"clip_value": inner.clipvalue, "clip_norm": inner.clipnorm, "clip_global_norm": inner.global_clipnorm}
+    return {name: to_number(value) for name, value in values.items() if isinstance(value, bool | int | float)}
+
+
+def _row_of(inner: Any, row: Row | None, variable: Any, index: int) -> tuple[int, Row | None]:
+    """What is computed for a variable, and its number among all that is computed."""
+    if isinstance(inner, Continued):
+        kind = inner.index_of(index)
+        return kind, _continued_row(inner, kind)
+    beside = row.beside if row and row.beside and inner._should_use_adamw(variable) else None
+    return (1, beside) if beside else (0, row)
+
+
+def _decouples(inner: Any, row: Row | None) -> bool:
+    """Whether weight decay is the optimizer's, apart from the gradients."""
+    rows = [each for each in (row, row.beside if row else None) if each]
+    return (
+        any(getattr(inner, each.decay, None) is not None for each in rows) or getattr(inner, "weight_decay", None) is not None
+    )
+
+
+def _factor(inner: Any, row: Row | None) -> float:
+    """The learning rate of a row, relative to that of the optimizer."""
+    if isinstance(inner, Continued) and row:
+        return float(row.fixed.get(_FACTOR, 1.0))
+    return float(getattr(inner, row.rate)) if row and row.rate else 1.0
+
+
+def _choices(row: Row | None) -> dict[str, frozenset[str]]:
+    scale = {"scale": frozenset({"longer_axis", "none"})} if row and "rms_rate" in row.keys else {}
+    return {"weight_decay": frozenset({"decoupled"}), **scale}
+
+
+def _decay(inner: Any, row: Row | None, own: Row | None, variable: Any, index: int) -> float | None:
+    """The weight decay of a variable, for which `own` is computed; None where there is none."""
     if isinstance(inner, Continued):
         decay = inner.form_of(index).value("weight_decay")
         return float(decay) if decay or not _penalty(variable) else _penalty(variable)
-    if inner.weight_decay is not None:
-        return float(inner.weight_decay) if inner._use_weight_decay(variable) else 0.0
+    if _decouples(inner, row):
+        given = getattr(inner, own.decay if own else "weight_decay", None) or 0.0
+        # Keras decays by the learning rate of the optimizer, whatever that of the variable.
+        return float(given) / (_factor(inner, own) or 1.0) if inner._use_weight_decay(variable) else 0.0
     return _penalty(variable) or None
 
 
@@ -220,8 +299,7 @@ def prepare(optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[
         return _prepare_several(optimizer, stored, parameters, section)
     if (told := stored.native.get(_CONTINUED)) and not isinstance(_innermost(optimizer), Continued):
         # It went on by another formula when it was saved, and goes on by it.
-        form = Form(told["family"], dict(told["conventions"]), dict(told["hyperparameters"]))
-        going = Continued.instead_of(_innermost(optimizer), form, told["decays"])
+        going = Continued.instead_of(_innermost(optimizer), told["forms"], told["of"])
         return prepare(going, stored, parameters, section)
     if stored.type.rpartition(".")[2] != type(optimizer).__name__:
         problem = Problem("value", section, "class", stored=stored.type, live=type_name(optimizer))
@@ -330,26 +408,29 @@ def continue_(optimizer: Any, continuation: Continuation, model: ModelCapture, s
         return Restore(apply=lambda: optimizer, problems=[problem])
     inner, parameters = _innermost(optimizer), model.parameters
     trained = _trained(inner, parameters) if inner.built else _trainable(parameters)
-    form = next((group.form for group in continuation.groups if group.form), None)
-    problems = list(_at_odds(continuation.groups, section))
-    if form is not None and inner is not optimizer:
+    exact = any(group.form for group in continuation.groups)
+    if exact and inner is not optimizer:
         raise UnsupportedError(f"{section}: a {type_name(optimizer)} cannot be given another formula: pass the optimizer in it")
-    values: dict[str, Any] = {}
-    for group in continuation.groups:
-        values |= group.hyperparameters
-    settings = {name: value for name, value in values.items() if name != "learning_rate"}
-    settable = not inner.built and form is None
     row = _row(inner)
+    rows = [each for each, _ in _grouped(optimizer, row, trained)]
+    rates = [
+        float(group.hyperparameters.get("learning_rate", held.hyperparameters.get("learning_rate", 0.0)))
+        for group, (_, held) in zip(continuation.groups, _grouped(optimizer, row, trained), strict=True)
+    ]
+    main = next((rate for rate, each in zip(rates, rows, strict=True) if not (each and each.rate)), rates[0])
+    factors = [rate / main if main else 1.0 for rate in rates]
+    problems = [] if exact else list(_at_odds(inner, continuation.groups, rows, factors, section))
+    forms, of = _forms(continuation.groups, factors, trained)
 
     def apply() -> Any:
-        going = inner if form is None else Continued.instead_of(inner, form, _decays(continuation.groups, trained))
-        if settable and row:
-            for name, value in settings.items():
-                setattr(inner, "weight_decay" if name == "weight_decay" else row.keys[name], value)
+        going = Continued.instead_of(inner, forms, of) if exact else inner
+        if not inner.built and not exact:
+            for group, each, factor in zip(continuation.groups, rows, factors, strict=True):
+                _set(inner, each, group, factor)
         if not going.built:
             going.build([variable for _, variable in trained])
-        if "learning_rate" in values:
-            going.learning_rate = float(values["learning_rate"])
+        if any("learning_rate" in group.hyperparameters for group in continuation.groups):
+            going.learning_rate = main
         going._iterations.assign(continuation.step * (going.gradient_accumulation_steps or 1))
         live = _row(going)
         for slot, entries in read(going, parameters).slots.items():
@@ -359,33 +440,74 @@ def continue_(optimizer: Any, continuation: Continuation, model: ModelCapture, s
                     _fill(variable, tensor)
         if (product := getattr(going, "_u_product", None)) is not None:
             _fill(product, next(iter(continuation.slots["momentum_product"].values())))
-        return optimizer if form is None else going
+        return going if exact else optimizer
 
     return Restore(apply=apply, problems=problems)
 
 
-def _at_odds(groups: Sequence[ContinuedGroup], section: str) -> Iterator[Problem]:
-    """What groups want otherwise than each other, although Keras has one for all: anything but a weight decay."""
-    wanted: dict[str, list[Any]] = {}
-    for group in groups:
-        for name, value in {**(group.form.hyperparameters if group.form else {}), **group.hyperparameters}.items():
-            if name != "weight_decay" and value not in wanted.setdefault(name, []):
-                wanted[name].append(value)
-    for name, values in wanted.items():
+def _set(optimizer: Any, row: Row | None, group: ContinuedGroup, factor: float) -> None:
+    """Give an optimizer that is not built yet the settings of a group."""
+    if row is None:
+        return
+    if row.rate:
+        setattr(optimizer, row.rate, factor)
+    if group.conventions.get("scale") == "none":
+        optimizer.rms_rate = None
+    for name, value in group.hyperparameters.items():
+        if name == "weight_decay":
+            setattr(optimizer, row.decay, value * factor)
+        elif name != "learning_rate":
+            setattr(optimizer, row.keys[name], value)
+
+
+def _at_odds(
+    inner: Any, groups: Sequence[ContinuedGroup], rows: Sequence[Row | None], factors: Sequence[float], section: str
+) -> Iterator[Problem]:
+    """What groups want otherwise than each other, although Keras has one for all that it computes alike: anything but a weight
+    decay.
+    """
+    wanted: dict[tuple[str, str], list[Any]] = {}
+    for group, row, factor in zip(groups, rows, factors, strict=True):
+        for name, value in group.hyperparameters.items():
+            of = wanted.setdefault((row.family if row else "", name), [])
+            if name not in ("weight_decay", "learning_rate") and value not in of:
+                of.append(value)
+        held = _factor(inner, row)
+        if not math.isclose(factor, held, rel_tol=1e-5) and (inner.built or not (row and row.rate)):
+            live = f"{held:g} for {', '.join(group.parameters)}, and it cannot be set"
+            yield Problem("value", section, "learning_rate relative to that of the optimizer", stored=f"{factor:g}", live=live)
+    for (_, name), values in wanted.items():
         if len(values) > 1:
             yield Problem("value", section, name, stored=" and ".join(map(str, values)), live="one for all parameters")
 
 
-def _decays(groups: Sequence[ContinuedGroup], trained: Sequence[tuple[str, Any]]) -> list[float] | None:
-    """The weight decay of each variable by the forms of its group, where they differ; without the part of regularizers."""
-    found = {}
-    for group in groups:
-        for name in group.parameters:
-            found[name] = float(group.form.value("weight_decay")) if group.form else 0.0
-    coupled = any(group.form and group.form.choice("weight_decay") == "coupled" for group in groups)
-    decays = [0.0 if coupled and _penalty(variable) else found.get(name, 0.0) for name, variable in trained]
-    alike = all(decay == found.get(name) for decay, (name, _) in zip(decays, trained, strict=True))
-    return None if alike and len(set(decays)) == 1 else decays
+def _forms(
+    groups: Sequence[ContinuedGroup], factors: Sequence[float], trained: Sequence[tuple[str, Any]]
+) -> tuple[list[dict[str, Any]], list[int] | None]:
+    """The forms that a continued optimizer computes, and the place of that of each variable among them."""
+    of = {name: (group.form, factor) for group, factor in zip(groups, factors, strict=True) for name in group.parameters}
+    anything = next((group.form for group in groups if group.form), Form("sgd", {}, {}))
+    forms: list[dict[str, Any]] = []
+    places = []
+    for name, variable in trained:
+        form, factor = of.get(name, (None, 1.0))
+        decay = float(form.value("weight_decay")) if form else 0.0
+        if form and form.choice("weight_decay") == "coupled" and _penalty(variable):
+            decay = 0.0  # the regularizer does it
+        values = {name: value for name, value in (form or anything).hyperparameters.items() if name != "learning_rate"}
+        told = {
+            "family": (form or anything).family,
+            "conventions": dict((form or anything).conventions),
+            "hyperparameters": {**values, "weight_decay": decay},
+            _FACTOR: factor,
+        }
+        if told not in forms:
+            forms.append(told)
+        places.append(forms.index(told))
+    return forms, places if len(forms) > 1 else None
+
+
+_FACTOR = "rate_factor"
 
 
 def use(model: Any, optimizer: Any) -> None:
@@ -496,9 +618,17 @@ def read(optimizer: Any, parameters: Sequence[tuple[str, Any]]) -> State:
             else:
                 others[name] = value
             taken |= {id(item) for item in mine}
+        _split_momenta(slots, prefix)
     rest = [variable for variable in optimizer.variables if id(variable) not in taken]
     others |= {f"variables/{index}": variable for index, variable in enumerate(rest)}
     return State(slots, others)
+
+
+def _split_momenta(slots: dict[str, dict[str, Any]], prefix: tuple[str, ...]) -> None:
+    """Muon's list of momenta holds the first moments of what it hands to Adam: they become a slot of their own."""
+    momenta, velocities, own = (names.join((*prefix, name)) for name in ("momentums", "adam_velocities", "adam_momentums"))
+    if velocities in slots and momenta in slots:
+        slots[own] = {name: slots[momenta].pop(name) for name in slots[velocities]}
 
 
 def _parts(optimizer: Any, prefix: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -530,25 +660,23 @@ def _row(optimizer: Any) -> Row | None:
     """The row of the built-in class whose `update_step` runs; a subclass that replaces it may mean anything."""
     inner = _innermost(optimizer)
     if isinstance(inner, Continued):
-        return Row(inner.form.family, {meaning: meaning for meaning in optimizers.MEANINGS}, {}, inner.form.conventions)
+        return _continued_row(inner, 0)
     if not type(inner).update_step.__module__.startswith("keras."):
         return None
     return next((_ROWS[kind.__name__] for kind in type(inner).__mro__ if kind.__name__ in _ROWS), None)
 
 
+def _continued_row(optimizer: Continued, index: int) -> Row:
+    """One of the forms of a continued optimizer."""
+    told = optimizer.forms[index]
+    fixed = {**told["hyperparameters"], _FACTOR: told[_FACTOR]}
+    return Row(told["family"], {meaning: meaning for meaning in optimizers.MEANINGS}, {}, told["conventions"], fixed)
+
+
 def _meaning(slot: str, row: Row | None) -> str:
     attribute = names.split(slot)[-1]
-    return _WRAPPED.get(attribute) or (row.slots.get(attribute, optimizers.CUSTOM) if row else optimizers.CUSTOM)
-
-
-def _conventions(optimizer: Any, row: Row | None, state: State, trained: Sequence[Any]) -> dict[str, str]:
-    if row is None:
-        return {}
-    accumulates = {"accumulator": "sum"} if any("accumulated_gradients" in slot for slot in state.slots) else {}
-    decays = {"weight_decay": "decoupled"} if getattr(optimizer, "weight_decay", None) is not None else {}
-    if not decays and not isinstance(optimizer, Continued) and any(map(_penalty, trained)):
-        decays = {"weight_decay": "coupled"}
-    return {**row.conventions, **decays, **accumulates}
+    known = {**_WRAPPED, **(row.slots if row else {}), **(row.beside.slots if row and row.beside else {})}
+    return known.get(attribute, optimizers.CUSTOM)
 
 
 def _learning_rate(optimizer: Any) -> float | None:

@@ -22,7 +22,7 @@ from polyckpt.adapter import (
     StoredOptimizer,
     another_kind,
 )
-from polyckpt.adapters.torch import modules, optimizers, rng, schedulers, tensors, tracing
+from polyckpt.adapters.torch import modules, optimizers, rng, schedulers, several, tensors, tracing
 from polyckpt.checkpoint import StoredTensor
 from polyckpt.errors import UnsupportedError
 from polyckpt.leaves import Leaf
@@ -54,9 +54,11 @@ class TorchAdapter:
         return modules.capture(model)
 
     def capture_optimizer(self, optimizer: Any, model: ModelCapture) -> OptimizerCapture:
+        if _are_several(optimizer):
+            return several.capture(optimizer, model.parameters)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise UnsupportedError(
-                f"optimizer: a {type(optimizer).__qualname__} is no torch.optim.Optimizer; pass it in `extra`"
+                f"optimizer: a {type(optimizer).__qualname__} is no torch.optim.Optimizer, nor a list of such; pass it in `extra`"
             )
         return optimizers.capture(optimizer, model.parameters)
 
@@ -69,10 +71,14 @@ class TorchAdapter:
     def prepare_optimizer(
         self, optimizer: Any, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]], model: Any
     ) -> Restore:
-        return optimizers.prepare(optimizer, stored, parameters, "optimizer")
+        if _are_several(optimizer):
+            return several.prepare(optimizer, stored, parameters, "optimizer")
+        refused = several.refuse(optimizer, stored, "optimizer")
+        return refused or optimizers.prepare(optimizer, stored, parameters, "optimizer")
 
     def continue_optimizer(self, optimizer: Any, continuation: Continuation, captured: ModelCapture, model: Any) -> Restore:
-        return optimizers.continue_(optimizer, continuation, captured.parameters, "optimizer")
+        go_on = several.continue_ if _are_several(optimizer) else optimizers.continue_
+        return go_on(optimizer, continuation, captured.parameters, "optimizer")
 
     def schedule(self, value: Any) -> Schedule | None:
         return schedulers.schedule(value)
@@ -120,3 +126,9 @@ class TorchAdapter:
         if kind != "torch.dtype" or not isinstance(found, torch.dtype):
             raise ValueError(f"{value!r} is no {kind}")
         return found
+
+
+def _are_several(optimizer: Any) -> bool:
+    if not isinstance(optimizer, list | tuple):
+        return False
+    return bool(optimizer) and all(isinstance(each, torch.optim.Optimizer) for each in optimizer)

@@ -6,8 +6,8 @@ holds the slots. The hook takes the gradients away before `step` (torch skips pa
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -37,6 +37,10 @@ class _Torch:
         return torch.where(condition, x1, x2)
 
     @staticmethod
+    def transpose(x: Any) -> Any:
+        return x.T
+
+    @staticmethod
     def sum(x: Any, axis: int | None = None, keepdims: bool = False) -> Any:
         return torch.sum(x) if axis is None else torch.sum(x, dim=axis, keepdim=keepdims)
 
@@ -47,12 +51,17 @@ Read = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 @dataclass
 class Continued:
-    """The two hooks. slots: meaning -> key in the state. read: gives the hyperparameters of a group."""
+    """The two hooks. of: the forms of the parameter groups, without hyperparameters, the last for those added later. slots:
+    meaning -> key in the state. read: gives the hyperparameters of a group.
+    """
 
-    family: str
-    conventions: Mapping[str, str]
+    of: Sequence[Form]
     slots: Mapping[str, str]
     read: Read
+
+    def form_of(self, index: int) -> Form:
+        """The form of a group, without hyperparameters."""
+        return self.of[min(index, len(self.of) - 1)]
 
     def install(self, optimizer: torch.optim.Optimizer) -> None:
         """Let every further step of `optimizer` be computed here."""
@@ -72,8 +81,8 @@ class Continued:
                 loss = closure()
             args, kwargs = args[:1], {"closure": lambda: loss}
         with torch.no_grad():
-            for group in optimizer.param_groups:
-                form = Form(self.family, self.conventions, self.read(group))
+            for index, group in enumerate(optimizer.param_groups):
+                form = replace(self.form_of(index), hyperparameters=self.read(group))
                 for parameter in group["params"]:
                     if parameter.grad is not None:
                         self._update(form, parameter, optimizer.state[parameter], group["lr"])

@@ -21,6 +21,7 @@ from polyckpt.errors import MismatchError, Problem, UnsupportedError
 from polyckpt.leaves import Leaf
 from polyckpt.names import type_name
 from polyckpt.schema import Hyperparameter, ParameterGroup, to_number
+from polyckpt.updates import Form
 
 _ADAM_SLOTS = {"exp_avg": "first_moment", "exp_avg_sq": "second_moment", "max_exp_avg_sq": "max_second_moment"}
 _ADAM_KEYS: dict[str, str | tuple[str, int]] = {
@@ -38,15 +39,19 @@ _COMMON_KEYS: dict[str, str | tuple[str, int]] = {"learning_rate": "lr", "weight
 class Row:
     """An optimizer class: family, slots as key -> meaning, hyperparameters as neutral name -> group key, conventions.
 
-    decay: how weight decay enters; None where a group says it itself (`decoupled_weight_decay`).
+    said: conventions that a group says itself, as convention -> key in the group, and choice -> what stands there; the first
+    choice is what None amounts to. counts: whether it counts the updates of a parameter.
     """
 
     family: str
     slots: Mapping[str, str]
     keys: Mapping[str, str | tuple[str, int]]
     conventions: Mapping[str, str] = field(default_factory=dict)
-    decay: str | None = "coupled"
+    said: Mapping[str, tuple[str, Mapping[str, Any]]] = field(default_factory=dict)
+    counts: bool = True
 
+
+_DECOUPLED = {"weight_decay": ("decoupled_weight_decay", {"coupled": False, "decoupled": True})}
 
 _ROWS: dict[str, Row] = {
     "SGD": Row(
@@ -54,18 +59,23 @@ _ROWS: dict[str, Row] = {
         {"momentum_buffer": "momentum"},
         {**_COMMON_KEYS, "momentum": "momentum", "dampening": "dampening", "nesterov": "nesterov"},
         {"momentum": "unscaled"},
+        counts=False,
     ),
     "Adam": Row(
-        "adam", _ADAM_SLOTS, {**_ADAM_KEYS, "amsgrad": "amsgrad"}, {"epsilon": "outside_sqrt", "max_second_moment": "raw"}, None
+        "adam",
+        _ADAM_SLOTS,
+        {**_ADAM_KEYS, "amsgrad": "amsgrad"},
+        {"epsilon": "outside_sqrt", "max_second_moment": "raw"},
+        _DECOUPLED,
     ),
     "NAdam": Row(
         "nadam",
         {**_ADAM_SLOTS, "mu_product": "momentum_product"},
         {**_ADAM_KEYS, "momentum_decay": "momentum_decay"},
         {"epsilon": "outside_sqrt", "momentum_schedule": "decaying"},
-        None,
+        _DECOUPLED,
     ),
-    "RAdam": Row("radam", _ADAM_SLOTS, _ADAM_KEYS, {"epsilon": "before_bias_correction"}, None),
+    "RAdam": Row("radam", _ADAM_SLOTS, _ADAM_KEYS, {"epsilon": "before_bias_correction"}, _DECOUPLED),
     "SparseAdam": Row("sparse_adam", _ADAM_SLOTS, _ADAM_KEYS, {"epsilon": "before_bias_correction"}),
     "Adamax": Row("adamax", {"exp_avg": "first_moment", "exp_inf": "infinity_norm"}, _ADAM_KEYS, {"epsilon": "in_norm"}),
     "Adadelta": Row(
@@ -105,15 +115,28 @@ _ROWS: dict[str, Row] = {
             "epsilon2": ("eps", 1),
             "clip_threshold": "d",
         },
-        {"epsilon": "as_bound", "rate": "bounded"},
-        decay="decoupled",
+        {"epsilon": "as_bound", "rate": "bounded", "weight_decay": "decoupled"},
     ),
     "Muon": Row(
         "muon",
         {"momentum_buffer": "momentum"},
-        {**_COMMON_KEYS, "momentum": "momentum", "nesterov": "nesterov", "epsilon": "eps"},
-        {"momentum": "average"},
-        decay="decoupled",
+        {
+            **_COMMON_KEYS,
+            "momentum": "momentum",
+            "nesterov": "nesterov",
+            "epsilon": "eps",
+            "iterations": "ns_steps",
+            **{f"coefficient{place + 1}": ("ns_coefficients", place) for place in range(3)},
+        },
+        {
+            "momentum": "average",
+            "epsilon": "bound_of_norm",
+            "weight_decay": "decoupled",
+            "outputs": "first",
+            "precision": "bfloat16",
+        },
+        {"scale": ("adjust_lr_fn", {"width": "original", "longer_axis": "match_rms_adamw"})},
+        counts=False,
     ),
     "LBFGS": Row("lbfgs", {}, {"learning_rate": "lr"}),
 }
@@ -138,15 +161,16 @@ def capture(optimizer: torch.optim.Optimizer, parameters: Sequence[tuple[str, An
                 slots.setdefault(slot, {})[names[key]] = tensors.leaf(value, f"optimizer: {slot} of {names[key]}")
             else:
                 values.setdefault(names[key], {})[slot] = value
-    row = _row(optimizer)
-    hook = continued.of(optimizer)
+    row, hook = _row(optimizer), continued.of(optimizer)
+    groups = _describe_groups(optimizer, names, row, {name for name, _ in parameters})
+    common = optimizers.common([group.conventions for group in groups])
     return OptimizerCapture(
         type=type_name(optimizer),
         family=row.family if row else optimizers.CUSTOM,
         slots=slots,
         meanings={slot: "step" if slot == "step" else row.slots.get(slot, optimizers.CUSTOM) for slot in slots} if row else {},
-        groups=_describe_groups(optimizer, names, row, {name for name, _ in parameters}),
-        conventions=_conventions(optimizer, row),
+        groups=[optimizers.apart(group, row.family if row else optimizers.CUSTOM, common) for group in groups],
+        conventions=common,
         step=_step(optimizer),
         native={
             "groups": _named_groups(state_dict, names),
@@ -156,11 +180,15 @@ def capture(optimizer: torch.optim.Optimizer, parameters: Sequence[tuple[str, An
             # Parameters of a loss, or of a second model: nothing else would hold them.
             "parameters": foreign,
             "other": {key: value for key, value in state_dict.items() if key not in ("state", "param_groups")},
-            **({_CONTINUED: {"family": hook.family, "conventions": dict(hook.conventions)}} if hook else {}),
+            **(
+                {_CONTINUED: [{"family": each.family, "conventions": dict(each.conventions)} for each in hook.of]}
+                if hook
+                else {}
+            ),
         },
         learning_rate=_learning_rate(optimizer),
-        settable=frozenset(row.keys) if row else frozenset(),
-        choices={"weight_decay": frozenset({"coupled", "decoupled"})} if row and row.decay is None else {},
+        settable=[frozenset(row.keys) if row else frozenset()] * len(groups),
+        choices=[{name: frozenset(choices) for name, (_, choices) in row.said.items()} if row else {}] * len(groups),
     )
 
 
@@ -174,18 +202,25 @@ def continue_(
     row = _row(optimizer)
     if row is None:
         raise UnsupportedError(f"{section}: a {type_name(optimizer)} has a formula of its own")
-    form = next((group.form for group in continuation.groups if group.form), None)
-    if form is not None:
+    exact = any(group.form for group in continuation.groups)
+    if exact:
         continued.check(optimizer)
     names = _names(optimizer, parameters)
     shapes = {name: tuple(parameter.shape) for name, parameter in zip(names, _flat(optimizer), strict=True)}
     state_dict = optimizer.state_dict()
     groups = _named_groups(state_dict, names)
     for group, new in zip(groups, continuation.groups, strict=True):
-        for name, value in new.hyperparameters.items():
-            _put(group, row.keys[name], value)
-        if new.conventions.get("weight_decay"):
-            group["decoupled_weight_decay"] = new.conventions["weight_decay"] == "decoupled"
+        of_form = new.form.hyperparameters if new.form else {}
+        kept = {"learning_rate", *optimizers.CLIPS}
+        for name, value in {
+            **{name: value for name, value in of_form.items() if name not in kept},
+            **new.hyperparameters,
+        }.items():
+            # What torch has no key for goes by its neutral name, for the hook.
+            _put(group, row.keys.get(name, name), value)
+        for name, choice in new.conventions.items():
+            key, choices = row.said[name]
+            group[key] = choices[choice]
     keys = _keys(row)
     slots: dict[str, dict[str, StoredTensor]] = {}
     for meaning, entries in continuation.slots.items():
@@ -195,7 +230,7 @@ def continue_(
         for name, tensor in entries.items():
             shape = _kept(meaning, tensor.shape, shapes[name])
             slots.setdefault(keys[meaning], {})[name] = Made(name, tensor.dtype, shape, tensor.numpy, tensor)
-    if row.family != "sgd" or (form is not None and continuation.step):
+    if row.counts or (exact and continuation.step):
         held = {name for entries in slots.values() for name in entries}
         count = continuation.step
         slots["step"] = {name: Made("step", "float32", (), lambda: np.asarray(count)) for name in held}
@@ -205,9 +240,17 @@ def continue_(
         "values": {},
         "shared": {},
         "other": {key: value for key, value in state_dict.items() if key not in ("state", "param_groups")},
-        **({_CONTINUED: {"family": form.family, "conventions": dict(form.conventions)}} if form else {}),
+        **({_CONTINUED: [_told(group.form, row) for group in continuation.groups]} if exact else {}),
     }
     return prepare(optimizer, StoredOptimizer(type=type_name(optimizer), slots=slots, native=native), parameters, section)
+
+
+def _told(form: Form | None, row: Row) -> dict[str, Any]:
+    """A form without what stands in its group; a group that goes on from nothing follows torch's own."""
+    return {
+        "family": form.family if form else row.family,
+        "conventions": dict(form.conventions if form else _conventions(row, {})),
+    }
 
 
 def _put(group: dict[str, Any], key: str | tuple[str, int], value: Any) -> None:
@@ -229,11 +272,17 @@ def _kept(meaning: str, shape: tuple[int, ...], whole: tuple[int, ...]) -> tuple
     return shape if axis is None else tuple(1 if at == len(whole) + axis else size for at, size in enumerate(whole))
 
 
-def _hook(row: Row, told: Mapping[str, Any]) -> Continued:
-    def read(group: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: value for name, key in row.keys.items() if (value := _pick(group, key)) is not None}
+def _hook(row: Row, told: Sequence[Mapping[str, Any]]) -> Continued:
+    return Continued(
+        [Form(each["family"], dict(each["conventions"]), {}) for each in told], _keys(row), lambda group: _read(row, group)
+    )
 
-    return Continued(told["family"], dict(told["conventions"]), _keys(row), read)
+
+def _read(row: Row, group: Mapping[str, Any]) -> dict[str, Any]:
+    """The hyperparameters of a group: by torch's keys, and what it holds for a hook besides."""
+    values = {name: _pick(group, key) for name, key in row.keys.items()}
+    values |= {name: _pick(group, name) for name in optimizers.HYPERPARAMETERS if name in group and name not in values}
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def prepare(
@@ -314,7 +363,7 @@ class _Native:
     shared: dict[Any, Any]
     parameters: dict[str, Any]
     other: dict[str, Any]
-    continued: dict[str, Any]
+    continued: list[dict[str, Any]]
 
 
 def _read_native(tree: Mapping[str, Any]) -> _Native:
@@ -326,7 +375,7 @@ def _read_native(tree: Mapping[str, Any]) -> _Native:
         shared=dict(residue.live(tree["shared"])),
         parameters=dict(residue.live(tree.get("parameters", {}))),
         other=dict(residue.live(tree["other"])),
-        continued=dict(tree.get(_CONTINUED) or {}),
+        continued=[dict(each) for each in tree.get(_CONTINUED) or ()],
     )
 
 
@@ -474,9 +523,9 @@ def _row(optimizer: torch.optim.Optimizer) -> Row | None:
         return None
     row = next((_ROWS[kind.__name__] for kind in type(optimizer).__mro__ if kind.__name__ in _ROWS), None)
     if row and (hook := continued.of(optimizer)):
-        conventions = {name: choice for name, choice in hook.conventions.items() if name != "weight_decay"}
-        slots = {**row.slots, **{key: meaning for meaning, key in hook.slots.items()}}
-        return replace(row, slots=slots, conventions=conventions, decay=hook.conventions.get("weight_decay", row.decay))
+        return replace(
+            row, family=hook.of[0].family, slots={**row.slots, **{key: meaning for meaning, key in hook.slots.items()}}
+        )
     return row
 
 
@@ -484,19 +533,31 @@ def _describe_groups(
     optimizer: torch.optim.Optimizer, names: Sequence[str], row: Row | None, weights: set[str]
 ) -> list[ParameterGroup]:
     described, position = [], 0
-    for group in optimizer.param_groups:
+    hook = continued.of(optimizer)
+    for index, group in enumerate(optimizer.param_groups):
         inside = names[position : position + len(group["params"])]
         position += len(inside)
-        values = {name: _pick(group, key) for name, key in (row.keys if row else {}).items()}
-        if row and row.family == "adafactor" and values["epsilon"] is None and group["params"]:
+        values = _read(row, group) if row else {}
+        if row and row.family == "adafactor" and "epsilon" not in values and group["params"]:
             values["epsilon"] = torch.finfo(group["params"][0].dtype).eps  # what torch takes for None
-        hyperparameters: dict[str, Hyperparameter] = {
-            name: to_number(value) for name, value in values.items() if value is not None
-        }
+        form = hook.form_of(index) if hook else None
+        conventions = (_conventions(row, group) if row else {}) if form is None else {**_decay(row), **form.conventions}
+        if conventions.get("scale") == "longer_axis":
+            values.setdefault("rms_rate", _RMS_RATE)
+        hyperparameters: dict[str, Hyperparameter] = {name: to_number(value) for name, value in values.items()}
         described.append(
-            ParameterGroup(parameters=tuple(name for name in inside if name in weights), hyperparameters=hyperparameters)
+            ParameterGroup(
+                parameters=tuple(name for name in inside if name in weights),
+                hyperparameters=hyperparameters,
+                family=form.family if form else None,
+                conventions=conventions,
+            )
         )
     return described
+
+
+_RMS_RATE = 0.2
+"""What torch's Muon multiplies with where it matches the updates of AdamW."""
 
 
 def _pick(group: Mapping[str, Any], key: str | tuple[str, int]) -> Any:
@@ -512,13 +573,17 @@ def _number(value: Any) -> float | int | None:
         return None
 
 
-def _conventions(optimizer: torch.optim.Optimizer, row: Row | None) -> dict[str, str]:
-    if row is None:
-        return {}
-    # decoupled_weight_decay is per group in torch; groups that differ are told apart in the native residue alone.
-    decoupled = {bool(group.get("decoupled_weight_decay", False)) for group in optimizer.param_groups}
-    decay = row.decay or ("decoupled" if decoupled == {True} else "coupled")
-    return {**row.conventions, **({"weight_decay": decay} if "weight_decay" in row.keys and len(decoupled) == 1 else {})}
+def _conventions(row: Row, group: Mapping[str, Any]) -> dict[str, str]:
+    """Those of a class, and what a group says itself."""
+    said = {}
+    for name, (key, choices) in row.said.items():
+        said[name] = next((choice for choice, value in choices.items() if group.get(key) == value), next(iter(choices)))
+    return {**_decay(row), **row.conventions, **said}
+
+
+def _decay(row: Row | None) -> dict[str, str]:
+    """How weight decay enters where nothing else is said."""
+    return {"weight_decay": row.conventions.get("weight_decay", "coupled")} if row and "weight_decay" in row.keys else {}
 
 
 def _step(optimizer: torch.optim.Optimizer) -> int | None:

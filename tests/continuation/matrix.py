@@ -150,7 +150,7 @@ class KerasRun:
 
         restored = polyckpt.load(path, self.model, self.optimizer, **options)
         self.optimizer = restored.optimizer
-        if getattr(getattr(self.optimizer, "form", None), "hyperparameters", {}).get("dampening"):
+        if any(form["hyperparameters"].get("dampening") for form in getattr(self.optimizer, "forms", ())):
             self.share = 1.0
         return restored
 
