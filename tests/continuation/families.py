@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,13 +19,13 @@ DECAY = 0.05
 
 @dataclass(frozen=True)
 class Case:
-    """An optimizer of one family. torch, keras, optax: how it is made there, None where there is none.
+    """An optimizer of one family. torch, keras, optax: how it is made there, None where there is none; in torch it may be several.
 
     l2: coupled weight decay that Keras leaves to the regularizers of the model. rate: the learning rate. dampening: that of
     torch, for which the others have a smaller rate.
     """
 
-    torch: Callable[[Any, float], torch.optim.Optimizer] | None = None
+    torch: Callable[[Any, float], Any] | None = None
     keras: Callable[[float], Any] | None = None
     optax: Callable[[Rate], Any] | None = None
     l2: float = 0.0
@@ -35,6 +35,25 @@ class Case:
 
 def adam(**values: Any) -> Callable[[Any, float], torch.optim.Optimizer]:
     return lambda parameters, lr: torch.optim.Adam(parameters, lr=lr, eps=EPSILON, **values)
+
+
+def muon(**values: Any) -> Callable[[Any, float], Sequence[torch.optim.Optimizer]]:
+    """Muon for the matrices, AdamW for the rest, as its paper has it."""
+    settings = {"adjust_lr_fn": "match_rms_adamw", "weight_decay": DECAY, **values}
+
+    def make(parameters: Any, lr: float) -> Sequence[torch.optim.Optimizer]:
+        held = list(parameters)
+        matrices, others = ([each for each in held if (each.ndim == 2) is flat] for flat in (True, False))
+        adamw = torch.optim.AdamW(others, lr=lr, eps=EPSILON, weight_decay=0.004 if settings["weight_decay"] == 0.004 else 0.0)
+        return [torch.optim.Muon(matrices, lr=lr, eps=EPSILON, **settings), adamw]
+
+    return make
+
+
+def optax_muon(*, nesterov: bool) -> Callable[[Rate], Any]:
+    return lambda lr: optax.contrib.muon(
+        lr, nesterov=nesterov, consistent_rms=0.2, weight_decay=0.004, adam_weight_decay=0.004, eps=EPSILON
+    )
 
 
 T, K = torch.optim, keras.optimizers
@@ -141,6 +160,13 @@ CASES: Mapping[str, Case] = {
         lambda p, lr: T.Adafactor(p, lr=lr, eps=(1e-15, 1e-3)),
         lambda lr: K.Adafactor(lr),
         lambda lr: optax.adafactor(lr, min_dim_size_to_factor=1, decay_rate=0.8),
+    ),
+    "Muon": Case(muon(nesterov=False, weight_decay=0.004), lambda lr: K.Muon(lr, nesterov=False), optax_muon(nesterov=False)),
+    "Muon, Nesterov": Case(muon(nesterov=True, weight_decay=0.004), lambda lr: K.Muon(lr), optax_muon(nesterov=True)),
+    "Muon, by width": Case(
+        muon(nesterov=False, adjust_lr_fn="original"),
+        None,
+        lambda lr: optax.contrib.muon(lr, nesterov=False, weight_decay=DECAY, adam_weight_decay=0.0, eps=EPSILON),
     ),
     "Adafactor, not factored": Case(
         None, lambda lr: K.Adafactor(lr), lambda lr: optax.adafactor(lr, min_dim_size_to_factor=128, decay_rate=0.8)

@@ -86,19 +86,21 @@ class TorchRun:
                 parameter.copy_(torch.tensor(value.T))
         self.share = 1 - case.dampening
         self.optimizer = case.torch(self.model.parameters(), float(table[0]))
+        self.each = self.optimizer if isinstance(self.optimizer, list) else [self.optimizer]
         self.tx = None
 
     def at(self, step: int) -> None:
         self.t = step
-        for group in self.optimizer.param_groups:
+        for group in (group for each in self.each for group in each.param_groups):
             group["lr"] = float(self.table[step] * (self.share if not group.get("dampening") else 1))
 
     def train(self, step: int, x: np.ndarray, y: np.ndarray) -> None:
         import torch
 
-        self.optimizer.zero_grad()
+        self.model.zero_grad()
         (self.scale * ((self.model(torch.tensor(x)) - torch.tensor(y)) ** 2).mean()).backward()
-        self.optimizer.step()
+        for each in self.each:
+            each.step()
 
     def weights(self) -> list[np.ndarray]:
         return [parameter.detach().numpy().T.copy() for parameter in self.model.parameters()]
@@ -285,6 +287,8 @@ ACCEPTED = (
     "rate",
     "learning_rate_decay",
     "factored",
+    "family",
+    "precision",
 )
 
 

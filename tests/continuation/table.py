@@ -109,8 +109,8 @@ those of the run that stayed. All in float64 (Keras on JAX), with gradients of t
   predicts it.
 * **-**: one of the two frameworks has no such optimizer.
 
-Adafactor is exact up to what Keras and optax compute in float32 even here (1e-8 of the way). torch's Muon computes in bfloat16,
-and Ftrl is Keras's alone: neither is converted.
+Adafactor and Muon are exact up to what Keras and optax compute in float32 even here (1e-8 of the way). torch's Muon multiplies
+matrices in bfloat16, so that what comes from it is approximate on any terms. Ftrl is Keras's alone, and not converted.
 
 ## With the stock optimizer, the default
 """

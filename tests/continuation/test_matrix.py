@@ -10,8 +10,8 @@ from tests.continuation.table import Outcome
 from tests.sealing import REPOSITORY
 
 ROUNDING = {"float64": 1e-10, "float32": 1e-5}
-SINGLE_INSIDE = {"Adafactor", "Adafactor, not factored"}
-"""What Keras and optax compute in float32 whatever the type of the weights: means and decays of Adafactor."""
+SINGLE_INSIDE = {"Adafactor", "Adafactor, not factored", "Muon", "Muon, Nesterov"}
+"""What Keras and optax compute in float32 whatever the type of the weights: means and decays of Adafactor, norms of Muon."""
 
 
 @cache
@@ -25,6 +25,10 @@ def shown(found: list[Outcome]) -> str:
         f"{each['predicted']:.1e}, {each['way']:.1e} of the way, {each['weights']:.1e} of the weights {each['refused']}"
         for each in found
     )
+
+
+def is_bfloat16(each: Outcome) -> bool:
+    return bool(each["case"].startswith("Muon") and each["pair"].startswith("torch"))
 
 
 class _Continued:
@@ -71,7 +75,16 @@ class _Continued:
         def exact(each: Outcome) -> bool:
             return bool(each["steady"] and each["verdict"].startswith("exact") and self.is_rounding(each))
 
-        assert not (found := self.wrong(lambda each: each["continuation"] == "exact", exact)), shown(found)
+        def possible(each: Outcome) -> bool:
+            return each["continuation"] == "exact" and not is_bfloat16(each)
+
+        assert not (found := self.wrong(possible, exact)), shown(found)
+
+    def test_what_cannot_be_exact_even_then_is_called_so(self) -> None:
+        """torch's Muon multiplies matrices in bfloat16, which nothing else does in the same order."""
+        found = [each for each in self.found if each["continuation"] == "exact" and is_bfloat16(each)]
+        assert len(found) == 20
+        assert all(sorted(set(each["items"])) == ["continuation: exact", "precision: approximate"] for each in found)
 
 
 class TestDouble(_Continued):
