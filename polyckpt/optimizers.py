@@ -99,6 +99,7 @@ HYPERPARAMETERS: dict[str, str] = {
     "clip_value": "bound of each element of g",
     "clip_norm": "bound of the norm of each g",
     "clip_global_norm": "bound of the norm of all g together",
+    "loss_scale": "factor of the loss, by which gradients were divided again",
     "maximize": "whether the objective is maximised, so that slots hold moments of -g",
 }
 """Neutral names of hyperparameters. A producer's further ones stay in its native residue."""
@@ -166,7 +167,7 @@ UNUSED: dict[str, float | bool] = {
 STRUCTURAL = frozenset({"nesterov", "amsgrad", "centered", "maximize"})
 """Hyperparameters that decide which slots there are or what they hold: compared, never set."""
 
-CLIPS = frozenset({"clip_value", "clip_norm", "clip_global_norm"})
+CLIPS = frozenset({"clip_value", "clip_norm", "clip_global_norm", "loss_scale"})
 """Hyperparameters that only some frameworks leave to the optimizer, others to the training loop."""
 
 AVERAGED = {"row_second_moment": -1, "column_second_moment": -2}

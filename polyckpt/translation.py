@@ -216,7 +216,7 @@ def _scale(form: Form, live: Live, step: int) -> Change | None:
         return Change("scale", after, *told, remedy=_ON_REQUEST, size=math.inf)
     if here != "longer_axis":  # then the factor of it means nothing
         return Change("scale", _with(form, rms_rate=None), "", "", quiet=True) if form.value("rms_rate") else None
-    stored, held = form.value("rms_rate"), live.form.value("rms_rate") or _ONLY_RMS_RATE
+    stored, held = form.value("rms_rate"), live.form.value("rms_rate")
     if stored == held or "rms_rate" in live.settable:
         return None
     rate, decay = form.value("learning_rate") * stored / held, form.value("weight_decay") * held / stored
@@ -225,8 +225,6 @@ def _scale(form: Form, live: Live, step: int) -> Change | None:
 
 
 _SCALES = {"width": "sqrt(outputs / inputs)", "longer_axis": "sqrt(longer axis)", "none": "none"}
-_ONLY_RMS_RATE = 0.2
-"""What a framework that lets one choose the scale, but not its factor, multiplies with (Liu et al. 2025)."""
 
 
 def _precision(form: Form, live: Live, step: int) -> Change | None:

@@ -179,13 +179,7 @@ _CONTAINERS: dict[str, _Reader] = {
 
 def _spread(given: Any, parameters: Mapping[str, Leaf]) -> dict[str, Any]:
     """A mask or labels, a tree with the parameters' or above theirs, or a function that makes one, as parameter -> value."""
-    if callable(given):
-        tree: dict[str, Any] = {}
-        for name, leaf in parameters.items():
-            *path, last = names.split(name)
-            node = functools.reduce(lambda below, key: below.setdefault(key, {}), path, tree)
-            node[last] = np.broadcast_to(np.float32(0), leaf.shape)
-        given = given(tree)
+    given = given(_tree(parameters)) if callable(given) else given
     placed = {name: entry.value for name, entry in trees.entries(given, "mask").items()}
     found = {}
     for name in parameters:
@@ -194,6 +188,16 @@ def _spread(given: Any, parameters: Mapping[str, Leaf]) -> dict[str, Any]:
             raise _UnknownError(f"a mask that says nothing of {name}")
         found[name] = placed[above[0]]
     return found
+
+
+def _tree(parameters: Mapping[str, Leaf]) -> dict[str, Any]:
+    """Something of the shapes of all parameters, as a tree by their paths."""
+    tree: dict[str, Any] = {}
+    for name, leaf in parameters.items():
+        *path, last = names.split(name)
+        node = functools.reduce(lambda below, key: below.setdefault(key, {}), path, tree)
+        node[last] = np.broadcast_to(np.float32(0), leaf.shape)
+    return tree
 
 
 def number(value: Any) -> float:
@@ -378,10 +382,9 @@ def _special(step: Step, conventions: dict[str, str], values: dict[str, Any]) ->
 def _check_axes(step: Step) -> None:
     """That an orthogonal update is that of matrices with their inputs first, and of nothing else."""
     given = step.values["weight_dimension_numbers"]
-    if callable(given):
-        given = held(given)["muon_weight_dimension_numbers"]
-    # optax.contrib.muon puts its default where it was given none.
-    if given is not None and tuple(given) != (0, 1):
+    given = given(_tree(step.at.parameters)) if callable(given) else given
+    axes = jax.tree.leaves(given, is_leaf=lambda node: isinstance(node, tuple) and hasattr(node, "reduction_axis"))
+    if any(each != (0, 1) for each in axes):
         raise _UnknownError("axes of other matrices")
     if any(len(leaf.shape) != 2 for name, leaf in step.at.parameters.items() if step.at.only is None or name in step.at.only):
         raise _UnknownError("what is no matrix")

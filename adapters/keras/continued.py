@@ -101,7 +101,12 @@ class Continued(keras.optimizers.Optimizer):  # type: ignore[misc]
 
     def described(self) -> dict[str, Any]:
         """What the constructor takes beside settings."""
-        return {"forms": self.forms, "of": self.of}
+        # Keras puts containers of its own in the place of what is assigned.
+        forms = [
+            {**form, "conventions": dict(form["conventions"]), "hyperparameters": dict(form["hyperparameters"])}
+            for form in self.forms
+        ]
+        return {"forms": forms, "of": None if self.of is None else list(self.of)}
 
     def get_config(self) -> dict[str, Any]:
         return {**super().get_config(), **self.described()}

@@ -35,7 +35,8 @@ class Row:
     """An optimizer class: family, slots as attribute -> meaning, hyperparameters as neutral name -> attribute.
 
     fixed: hyperparameters that Keras does not let one choose. beside: what becomes of variables that the class hands to another
-    formula. rate, decay: where the learning rate of a row, relative to that of the optimizer, and its weight decay stand.
+    formula. rate, decay: where the learning rate of a row, relative to that of the optimizer, and its weight decay stand. factor:
+    the former where it stands nowhere.
     """
 
     family: str
@@ -46,6 +47,7 @@ class Row:
     beside: Row | None = None
     rate: str = ""
     decay: str = "weight_decay"
+    factor: float = 1.0
 
 
 _ADAM_ROW = Row(
@@ -234,6 +236,9 @@ def _values(optimizer: Any, row: Row | None) -> dict[str, Hyperparameter]:
     if (rate := _learning_rate(optimizer)) is not None:
         values["learning_rate"] = rate * _factor(inner, row)
     values |= {"clip_value": inner.clipvalue, "clip_norm": inner.clipnorm, "clip_global_norm": inner.global_clipnorm}
+    if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+        scale = optimizer.dynamic_scale if optimizer.built else optimizer.initial_scale
+        values["loss_scale"] = float(keras.ops.convert_to_numpy(scale))
     return {name: to_number(value) for name, value in values.items() if isinstance(value, bool | int | float)}
 
 
@@ -256,9 +261,9 @@ def _decouples(inner: Any, row: Row | None) -> bool:
 
 def _factor(inner: Any, row: Row | None) -> float:
     """The learning rate of a row, relative to that of the optimizer."""
-    if isinstance(inner, Continued) and row:
-        return float(row.fixed.get(_FACTOR, 1.0))
-    return float(getattr(inner, row.rate)) if row and row.rate else 1.0
+    if row is None:
+        return 1.0
+    return float(getattr(inner, row.rate)) if row.rate else row.factor
 
 
 def _choices(row: Row | None) -> dict[str, frozenset[str]]:
@@ -419,7 +424,7 @@ def continue_(optimizer: Any, continuation: Continuation, model: ModelCapture, s
     ]
     main = next((rate for rate, each in zip(rates, rows, strict=True) if not (each and each.rate)), rates[0])
     factors = [rate / main if main else 1.0 for rate in rates]
-    problems = [] if exact else list(_at_odds(inner, continuation.groups, rows, factors, section))
+    problems = [] if exact else list(_at_odds(inner, continuation.groups, rows, factors, main, section))
     forms, of = _forms(continuation.groups, factors, trained)
 
     def apply() -> Any:
@@ -461,7 +466,12 @@ def _set(optimizer: Any, row: Row | None, group: ContinuedGroup, factor: float) 
 
 
 def _at_odds(
-    inner: Any, groups: Sequence[ContinuedGroup], rows: Sequence[Row | None], factors: Sequence[float], section: str
+    inner: Any,
+    groups: Sequence[ContinuedGroup],
+    rows: Sequence[Row | None],
+    factors: Sequence[float],
+    main: float,
+    section: str,
 ) -> Iterator[Problem]:
     """What groups want otherwise than each other, although Keras has one for all that it computes alike: anything but a weight
     decay.
@@ -474,8 +484,12 @@ def _at_odds(
                 of.append(value)
         held = _factor(inner, row)
         if not math.isclose(factor, held, rel_tol=1e-5) and (inner.built or not (row and row.rate)):
-            live = f"{held:g} for {', '.join(group.parameters)}, and it cannot be set"
-            yield Problem("value", section, "learning_rate relative to that of the optimizer", stored=f"{factor:g}", live=live)
+            live = (
+                "one for all parameters"
+                if held == 1
+                else f"{held:g} times that of the others for {', '.join(group.parameters)}"
+            )
+            yield Problem("value", section, "learning_rate", stored=f"{main:g} and {main * factor:g}", live=live)
     for (_, name), values in wanted.items():
         if len(values) > 1:
             yield Problem("value", section, name, stored=" and ".join(map(str, values)), live="one for all parameters")
@@ -499,15 +513,12 @@ def _forms(
             "family": (form or anything).family,
             "conventions": dict((form or anything).conventions),
             "hyperparameters": {**values, "weight_decay": decay},
-            _FACTOR: factor,
+            "rate_factor": factor,
         }
         if told not in forms:
             forms.append(told)
         places.append(forms.index(told))
     return forms, places if len(forms) > 1 else None
-
-
-_FACTOR = "rate_factor"
 
 
 def use(model: Any, optimizer: Any) -> None:
@@ -669,8 +680,8 @@ def _row(optimizer: Any) -> Row | None:
 def _continued_row(optimizer: Continued, index: int) -> Row:
     """One of the forms of a continued optimizer."""
     told = optimizer.forms[index]
-    fixed = {**told["hyperparameters"], _FACTOR: told[_FACTOR]}
-    return Row(told["family"], {meaning: meaning for meaning in optimizers.MEANINGS}, {}, told["conventions"], fixed)
+    slots = {meaning: meaning for meaning in optimizers.MEANINGS}
+    return Row(told["family"], slots, {}, told["conventions"], told["hyperparameters"], factor=told["rate_factor"])
 
 
 def _meaning(slot: str, row: Row | None) -> str:

@@ -58,7 +58,7 @@ class TorchAdapter:
             return several.capture(optimizer, model.parameters)
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise UnsupportedError(
-                f"optimizer: a {type(optimizer).__qualname__} is no torch.optim.Optimizer, nor a list of such; pass it in `extra`"
+                f"optimizer: a {type(optimizer).__qualname__} is no torch.optim.Optimizer, nor several; pass it in `extra`"
             )
         return optimizers.capture(optimizer, model.parameters)
 

@@ -542,7 +542,7 @@ def _describe_groups(
             values["epsilon"] = torch.finfo(group["params"][0].dtype).eps  # what torch takes for None
         form = hook.form_of(index) if hook else None
         conventions = (_conventions(row, group) if row else {}) if form is None else {**_decay(row), **form.conventions}
-        if conventions.get("scale") == "longer_axis":
+        if "scale" in conventions:
             values.setdefault("rms_rate", _RMS_RATE)
         hyperparameters: dict[str, Hyperparameter] = {name: to_number(value) for name, value in values.items()}
         described.append(
@@ -557,7 +557,7 @@ def _describe_groups(
 
 
 _RMS_RATE = 0.2
-"""What torch's Muon multiplies with where it matches the updates of AdamW."""
+"""What torch's Muon multiplies with where it matches the updates of AdamW (Liu et al. 2025)."""
 
 
 def _pick(group: Mapping[str, Any], key: str | tuple[str, int]) -> Any:

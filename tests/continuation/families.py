@@ -19,7 +19,7 @@ DECAY = 0.05
 
 @dataclass(frozen=True)
 class Case:
-    """An optimizer of one family. torch, keras, optax: how it is made there, None where there is none; in torch it may be several.
+    """An optimizer of one family. torch, keras, optax: how it is made there, None where there is none; torch may have several.
 
     l2: coupled weight decay that Keras leaves to the regularizers of the model. rate: the learning rate. dampening: that of
     torch, for which the others have a smaller rate.

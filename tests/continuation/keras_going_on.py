@@ -291,7 +291,7 @@ def test_biases_that_do_not_decay_go_there_and_back(tmp_path: Path) -> None:
     assert close(model, there) and close(model, resumed) and close(model, back)
 
 
-def test_groups_that_keras_cannot_hold_are_refused(tmp_path: Path) -> None:
+def test_groups_that_keras_cannot_hold_are_refused_or_set_up(tmp_path: Path) -> None:
     model, optimizer = without_decay_of_biases()
     optimizer.param_groups[1]["lr"] = 0.01
     train_torch(model, optimizer, 2)
@@ -299,11 +299,12 @@ def test_groups_that_keras_cannot_hold_are_refused(tmp_path: Path) -> None:
     there = network(keras.optimizers.AdamW(0.5, weight_decay=0.3))
     there.optimizer.exclude_from_weight_decay(var_names=["bias"])
     there.optimizer.build(there.trainable_variables)
-    for continuation in ("stock", "exact"):
-        with pytest.raises(
-            MismatchError, match=r"learning_rate: checkpoint has 0\.0\d and 0\.0\d, live object has one for all"
-        ):
-            polyckpt.load(path, there, accept={"epsilon"}, continuation=continuation)  # type: ignore[arg-type]
+    with pytest.raises(MismatchError, match=r"learning_rate: checkpoint has 0\.0\d and 0\.0\d, live object has one for all"):
+        polyckpt.load(path, there, accept={"epsilon"})
+    polyckpt.load(path, there, continuation="exact")
+    train_torch(model, optimizer, 3)
+    train(there, 3)
+    assert close(model, there)
 
 
 def test_regularizers_stay_when_another_formula_comes(tmp_path: Path) -> None:
@@ -322,3 +323,102 @@ def test_regularizers_stay_when_another_formula_comes(tmp_path: Path) -> None:
     train(there, 1)
     train_torch(back, home, 1)
     assert close(back, there)
+
+
+def muon_of_torch(path: Path, rates: tuple[float, float], **settings: Any) -> Path:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(5, 7), torch.nn.ReLU(), torch.nn.Linear(7, 3))
+    kernels, biases = ([each for each in model.parameters() if each.ndim == axes] for axes in (2, 1))
+    settings = {"adjust_lr_fn": "match_rms_adamw", "weight_decay": 0.1, "nesterov": False, **settings}
+    optimizers = [
+        torch.optim.Muon(kernels, lr=rates[0], **settings),
+        torch.optim.AdamW(biases, lr=rates[1], weight_decay=0.3, eps=1e-7, betas=(0.8, 0.95)),
+    ]
+    for step in range(4):
+        model.zero_grad()
+        (model(torch.tensor(X)) * (step + 1)).pow(2).mean().backward()
+        for each in optimizers:
+            each.step()
+    return polyckpt.save(path, model, optimizers, step=4)
+
+
+ACCEPTED = {"epsilon", "precision", "momentum"}
+
+
+def test_two_rates_are_a_ratio_in_an_optimizer_that_is_not_built(tmp_path: Path) -> None:
+    path = muon_of_torch(tmp_path / "torch", (0.02, 0.005))
+    here = network(keras.optimizers.Muon(0.5, nesterov=False))
+    polyckpt.load(path, here, accept=ACCEPTED)
+    muon = here.optimizer
+    assert float(keras.ops.convert_to_numpy(muon.learning_rate)) == pytest.approx(0.02)
+    assert muon.adam_lr_ratio == pytest.approx(0.25) and (muon.adam_beta_1, muon.adam_beta_2) == (0.8, 0.95)
+    # Keras decays all variables by the rate of the matrices.
+    assert muon.weight_decay == pytest.approx(0.1) and muon.adam_weight_decay == pytest.approx(0.3 * 0.25)
+    described = [
+        (each.family or "muon", each.hyperparameters["learning_rate"], each.hyperparameters["weight_decay"])
+        for each in polyckpt.inspect(polyckpt.save(tmp_path / "keras", here)).manifest.optimizer.groups
+    ]
+    assert described == [("muon", pytest.approx(0.02), pytest.approx(0.1)), ("adam", pytest.approx(0.005), pytest.approx(0.3))]
+
+
+def test_two_rates_are_refused_where_their_ratio_is_built_in(tmp_path: Path) -> None:
+    path = muon_of_torch(tmp_path / "torch", (0.02, 0.005))
+    here = network(keras.optimizers.Muon(0.5, nesterov=False, weight_decay=0.1, adam_weight_decay=0.3, adam_beta_1=0.8))
+    here.optimizer.build(here.trainable_variables)
+    before = weights(here)
+    with pytest.raises(MismatchError, match=r"learning_rate: checkpoint has 0\.02 and 0\.005, live object has one for all"):
+        polyckpt.load(path, here, accept={*ACCEPTED, "beta1", "beta2", "weight_decay"})
+    for one, other in zip(before, weights(here), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_momenta_and_first_moments_stand_in_one_list_of_keras(tmp_path: Path) -> None:
+    here = network(keras.optimizers.Muon(0.02))
+    train(here, 3)
+    path = polyckpt.save(tmp_path / "keras", here)
+    slots = polyckpt.inspect(path).manifest.optimizer.slots
+    found = {slot: sorted(name.rpartition("/")[2] for name in entry.tensors) for slot, entry in slots.items() if entry.tensors}
+    assert found["momentums"] == ["kernel", "kernel"] and slots["momentums"].meaning == "momentum"
+    assert found["adam_momentums"] == ["bias", "bias"] and slots["adam_momentums"].meaning == "first_moment"
+    train(here, 2)
+    other = network(keras.optimizers.Muon(0.02))
+    polyckpt.load(path, other)
+    for step in (3, 4):  # as `train`, from where it stopped
+        other.train_on_batch(X, Y, sample_weight=np.full(len(X), (step - 3 + 1.0) ** 2, "float32"))
+    assert close(here, other)
+
+
+def test_all_groups_of_a_continued_optimizer_follow_their_own_formula(tmp_path: Path) -> None:
+    path = muon_of_torch(tmp_path / "torch", (0.02, 0.005))
+    here = network(keras.optimizers.Muon(0.5, nesterov=False))
+    restored = polyckpt.load(path, here, accept=ACCEPTED, continuation="exact")
+    assert [form["family"] for form in restored.optimizer.forms] == ["muon", "adam"]
+    assert [form["rate_factor"] for form in restored.optimizer.forms] == [1.0, pytest.approx(0.25)]
+    second = polyckpt.save(tmp_path / "keras", here)
+    train(here, 3)
+    again = network(keras.optimizers.Muon(0.5, nesterov=False))
+    polyckpt.load(second, again)
+    train(again, 3)
+    for one, other in zip(weights(here), weights(again), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_a_factor_of_the_loss_is_told(tmp_path: Path) -> None:
+    here = network(keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1), initial_scale=1024.0))
+    train(here, 1)
+    path = polyckpt.save(tmp_path / "keras", here)
+    model, optimizer = torch_run(lambda p: torch.optim.SGD(p, lr=0.5))
+    report = polyckpt.load(path, model, optimizer).report
+    assert "loss_scale: default: 1024 in the checkpoint, none, unless the training loop does it" in str(report)
+
+
+def test_momentum_that_looks_ahead_does_so_in_a_hook(tmp_path: Path) -> None:
+    """The optimizer of torch was made without: the formula of the checkpoint counts, not the setting here."""
+    here = network(keras.optimizers.SGD(0.02, momentum=0.9, nesterov=True))
+    train(here, 4)
+    path = polyckpt.save(tmp_path / "keras", here)
+    model, optimizer = torch_run(lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9))
+    polyckpt.load(path, model, optimizer, continuation="exact")
+    train(here, 3)
+    train_torch(model, optimizer, 3)
+    assert close(here, model)

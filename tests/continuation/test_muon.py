@@ -1,4 +1,4 @@
-"""Muon goes on with all that real runs have beside it: Adam for biases and embeddings, other rates, matrices that lie otherwise."""
+"""Muon goes on with all that real runs have beside it: Adam for biases and embeddings, other rates, turned matrices."""
 
 from __future__ import annotations
 
@@ -89,8 +89,7 @@ def nnx_optimizer(model: Net, **settings: Any) -> nnx.Optimizer:
         adam_learning_rate=RATE_BESIDE,
         weight_decay=0.1,
         adam_weight_decay=0.2,
-        nesterov=False,
-        **{"muon_weight_dimension_numbers": hidden_only, **settings},
+        **{"nesterov": False, "muon_weight_dimension_numbers": hidden_only, **settings},
     )
     return nnx.Optimizer(model, tx, wrt=nnx.Param)
 
@@ -115,7 +114,7 @@ def test_two_optimizers_of_torch_are_saved_and_resumed_bit_for_bit(tmp_path: Pat
 def test_two_optimizers_are_one_of_optax_and_back(tmp_path: Path) -> None:
     model, optimizers = torch_run(4, embeddings=False, nesterov=False)
     path = polyckpt.save(tmp_path / "torch", model, optimizers, step=4)
-    described = polyckpt.inspect(path).optimizer
+    described = polyckpt.inspect(path).manifest.optimizer
     assert [group.family or described.family for group in described.groups] == ["muon", "adam"]
     net = Net(0)
     optimizer = nnx_optimizer(net)
@@ -153,7 +152,7 @@ def test_a_table_of_embeddings_lies_otherwise_than_kernels_do(tmp_path: Path) ->
     path = polyckpt.save(tmp_path / "torch", model, optimizers, step=4)
     net = Net(0)
     optimizer = nnx_optimizer(net, muon_weight_dimension_numbers=None)
-    with pytest.raises(MismatchError, match=r"scale of group . stored embed\S* .*the other way round"):
+    with pytest.raises(MismatchError, match=r"scale of group .*embed/embedding.*the other way round"):
         polyckpt.load(path, net, optimizer, accept=ACCEPTED)
     polyckpt.load(path, net, optimizer, accept={*ACCEPTED, "scale"})
 
@@ -163,7 +162,7 @@ def test_what_muon_has_there_and_adam_here_is_refused(tmp_path: Path) -> None:
     path = polyckpt.save(tmp_path / "torch", model, optimizers, step=4)
     net = Net(0)
     before = nnx_weights(net)
-    with pytest.raises(MismatchError, match="family of group .*muon.*adam for embed"):
+    with pytest.raises(MismatchError, match=r"family of group .*muon.*adam for embed"):
         polyckpt.load(path, net, nnx_optimizer(net), accept=ACCEPTED)
     for one, other in zip(before, nnx_weights(net), strict=True):
         np.testing.assert_array_equal(one, other)
@@ -174,18 +173,8 @@ def test_nesterov_momentum_of_adam_is_told_with_its_size(tmp_path: Path) -> None
     model, optimizers = torch_run(4, embeddings=False)
     path = polyckpt.save(tmp_path / "torch", model, optimizers, step=4)
     net = Net(0)
-    optimizer = nnx_optimizer(net, nesterov=True) if False else nnx.Optimizer(
-        net,
-        optax.contrib.muon(
-            RATE,
-            adam_learning_rate=RATE_BESIDE,
-            weight_decay=0.1,
-            adam_weight_decay=0.2,
-            muon_weight_dimension_numbers=hidden_only,
-        ),
-        wrt=nnx.Param,
-    )
-    with pytest.raises(MismatchError, match=r"family of group .* adam .*nadam, which differs \(.*of the way"):
+    optimizer = nnx_optimizer(net, nesterov=True)
+    with pytest.raises(MismatchError, match=r"family of group .* adam, .*nadam, which differs \(.*of the way"):
         polyckpt.load(path, net, optimizer, accept=ACCEPTED)
     polyckpt.load(path, net, optimizer, accept={*ACCEPTED, "family"})
 
@@ -217,7 +206,7 @@ def test_one_optimizer_is_not_several(saved: int, live: int, tmp_path: Path) -> 
     model, optimizers = torch_run(2, embeddings=False)
     pick = {1: optimizers[0], 2: optimizers}
     path = polyckpt.save(tmp_path / "run", model, pick[saved])
-    with pytest.raises(MismatchError, match="class"):
+    with pytest.raises(MismatchError, match=r"class"):
         polyckpt.load(path, model, pick[live])
 
 
