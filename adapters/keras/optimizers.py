@@ -35,8 +35,8 @@ class Row:
     """An optimizer class: family, slots as attribute -> meaning, hyperparameters as neutral name -> attribute.
 
     fixed: hyperparameters that Keras does not let one choose. beside: what becomes of variables that the class hands to another
-    formula. rate, decay: where the learning rate of a row, relative to that of the optimizer, and its weight decay stand. factor:
-    the former where it stands nowhere.
+    formula. rate, decay: where the learning rate of a row, relative to that of the optimizer, and its weight decay stand.
+    factor: the former where it stands nowhere.
     """
 
     family: str
