@@ -1,0 +1,148 @@
+"""What lies in the directory of a run, read without becoming its writer."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from polyckpt import manifest, schema
+from polyckpt.cli import screen
+from polyckpt.errors import CheckpointError, NotACheckpointError, PolicyError, RunError
+from polyckpt.history import History
+from polyckpt.policy import Record
+from polyckpt.rules import Rules
+from polyckpt.run import Run, read
+from polyckpt.storage import local
+from polyckpt.storage.run_directory import RunDirectory
+
+
+@dataclass(frozen=True)
+class Listed:
+    """A checkpoint in a directory. time: of its save, in seconds since 1970. marks: best, last, or what is wrong with it."""
+
+    name: str
+    path: Path
+    progress: schema.Progress
+    metrics: dict[str, float]
+    time: float
+    marks: tuple[str, ...] = ()
+
+
+def opened(path: Path, monitor: str | None, mode: str, keep_last: int | None = None, keep_best: int | None = None) -> Run:
+    """The run in a directory under the rules that a CheckpointManager would have. Raises PolicyError or RunError."""
+    directory = local.absolute(path)
+    if not directory.is_dir():
+        raise NotACheckpointError(f"{directory}: no such directory")
+    rules = Rules.of(
+        monitor=monitor,
+        mode=mode,
+        keep_best=keep_best,
+        keep_last=keep_last,
+        keep=(),
+        every=None,
+        patience=None,
+        min_delta=0.0,
+        early_stopping=None,
+    )
+    found = read(RunDirectory(directory), History(directory), rules, 0)
+    if not (found.checkpoints or found.others or found.damaged):
+        raise NotACheckpointError(f"{directory}: no checkpoint in it")
+    return found
+
+
+def best(path: Path, monitor: str | None, mode: str) -> Path | None:
+    """The best checkpoint of a run: by the metric, or what its own manager took for the best."""
+    run = opened(path, monitor, mode)
+    if monitor is not None:
+        found = next(iter(run.selected("best", str(path))), None)
+        if found is None:
+            raise RunError(f"{path}: {run.no_best()}")
+        return local.absolute(path) / str(found.name)
+    link = local.absolute(path) / "best"
+    if not link.is_symlink():
+        raise PolicyError(f"{path}: its manager had no monitor, so that none is best: name a metric with --monitor")
+    return link.resolve()
+
+
+def listed(path: Path, monitor: str | None, mode: str) -> list[Listed]:
+    """Every checkpoint in a directory, oldest first."""
+    run, directory = opened(path, monitor, mode), local.absolute(path)
+    if monitor is None:
+        taken = directory / "best"
+        chosen = os.readlink(taken) if taken.is_symlink() else None
+    else:
+        chosen = next((each.name for each in run.selected("best", str(path))), None)
+    last = run.checkpoints[-1].name if run.checkpoints else None
+    found = []
+    for record in run.checkpoints:
+        marks = tuple(mark for mark, name in (("best", chosen), ("last", last)) if name == record.name)
+        found.append(_listed(directory, record, marks))
+    for name in run.others:
+        try:
+            head = _head(directory / name)
+        except CheckpointError as error:
+            found.append(Listed(name, directory / name, schema.Progress(), {}, 0.0, (str(error),)))
+            continue
+        metrics = {metric: float(schema.from_number(value)) for metric, value in head.metrics.items()}
+        time = datetime.fromisoformat(head.saved_at_utc).timestamp()
+        found.append(Listed(name, directory / name, head.progress, metrics, time))
+    found += [Listed(name, directory / name, schema.Progress(), {}, 0.0, ("damaged",)) for name in run.damaged]
+    return sorted(found, key=lambda each: (each.time, each.name))
+
+
+def _listed(directory: Path, record: Record, marks: tuple[str, ...]) -> Listed:
+    name = str(record.name)
+    progress = schema.Progress(epoch=record.epoch, step=record.step, batch=record.batch)
+    metrics = {metric: float(value) for metric, value in record.metrics.items()}
+    return Listed(name, directory / name, progress, metrics, float(record.time), marks)
+
+
+def _head(path: Path) -> schema.Head:
+    source = path / manifest.FILE_NAME
+    return manifest.decode_head(source.read_bytes(), str(source))
+
+
+def checkpoints(paths: Sequence[Path]) -> list[Path]:
+    """The checkpoints that paths stand for: themselves, or all in a directory, damaged ones included."""
+    found = []
+    for path in paths:
+        directory = local.absolute(path)
+        if not directory.is_dir() or (directory / manifest.FILE_NAME).is_file():
+            found.append(directory)
+            continue
+        inside = sorted({each.path.resolve() for each in listed(path, None, "auto")})
+        found += inside
+    return found
+
+
+def prune(
+    path: Path, monitor: str | None, mode: str, keep_last: int, keep_best: int | None, *, dry_run: bool
+) -> Iterator[tuple[int, str]]:
+    """Delete the checkpoints that neither is among the newest or best nor marked best, oldest first: bytes and name of each.
+
+    Raises LockedError where a training run writes to the directory.
+    """
+    run, directory = opened(path, monitor, mode, keep_last, keep_best), local.absolute(path)
+    kept = run.rules.retained(run.checkpoints)
+    marked = {each.name for each in listed(path, monitor, mode) if each.marks}
+    files, history = RunDirectory(directory), History(directory)
+    if not dry_run:
+        files.claim()
+        history.begin(str(run.id))
+    try:
+        for record in run.checkpoints:
+            name = str(record.name)
+            if record.sequence in kept or name in marked or name in run.copies:
+                continue
+            size_bytes = screen.bytes_of(directory / name)
+            if dry_run or files.delete(name):
+                if not dry_run:
+                    history.event("deleted", name=name)
+                yield size_bytes, name
+    finally:
+        if not dry_run:
+            history.close()
+            files.release()
