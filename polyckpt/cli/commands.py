@@ -83,7 +83,7 @@ def list_(run: RunPath, monitor: Monitor = None, mode: ModeOption = Mode.auto, j
         ]
         for each in found
     ]
-    screen.console().print(screen.table(str(run), columns, rows, right=columns[1:-1]))
+    screen.print_table(screen.console(), str(run), columns, rows, right=columns[1:-1])
 
 
 def _row_as_json(each: runs.Listed) -> dict[str, Any]:
@@ -129,7 +129,7 @@ def show(checkpoint: CheckpointPath, json: AsJson = False) -> None:
         **{name: screen.number(schema.from_number(value)) for name, value in manifest.metrics.items()},
         "size": screen.size(screen.bytes_of(opened.path)),
     }
-    out.print(screen.table(str(opened.path), ["", ""], facts.items()))
+    screen.print_table(out, str(opened.path), ["", ""], facts.items())
     axes = {role.tensor: role.axes for layer in manifest.model.layers for role in layer.roles.values()}
     kinds = {role.tensor: layer.kind for layer in manifest.model.layers for role in layer.roles.values()}
     weights = opened.weights.stored
@@ -147,7 +147,7 @@ def show(checkpoint: CheckpointPath, json: AsJson = False) -> None:
     ]
     count = sum(math.prod(tensor.shape) for name, tensor in weights.items() if name not in aliases)
     columns = ["weight", "layer", "type", "shape", "axes", "size"]
-    out.print(screen.table(f"{len(rows)} weights, {count:,} elements", columns, rows, right=["size"]))
+    screen.print_table(out, f"{len(rows)} weights, {count:,} elements", columns, rows, right=["size"])
     if manifest.optimizer is not None:
         _show_optimizer(out, manifest.optimizer)
 
@@ -165,11 +165,10 @@ def _show_optimizer(out: Any, optimizer: schema.Optimizer) -> None:
         )
         family = group.family or optimizer.family
         rows.append((f"group {index}", family, len(group.parameters), told))
-    out.print(
-        screen.table(f"{optimizer.type}{step}", ["", "family", "parameters", "hyperparameters"], rows, right=["parameters"])
-    )
+    told = f"{optimizer.type}{step}"
+    screen.print_table(out, told, ["", "family", "parameters", "hyperparameters"], rows, right=["parameters"])
     slots = [(name, slot.meaning, len(slot.tensors)) for name, slot in optimizer.slots.items()]
-    out.print(screen.table("", ["slot", "holds", "parameters"], slots, right=["parameters"]))
+    screen.print_table(out, "", ["slot", "holds", "parameters"], slots, right=["parameters"])
 
 
 def _shape(shape: tuple[int, ...]) -> str:
@@ -239,7 +238,7 @@ def diff(
     elif shown:
         rows = [(each.section, each.name, each.one or "-", each.other or "-", _apart(each)) for each in shown]
         columns = ["", "name", str(one), str(other), "max |A - B|"]
-        screen.console().print(screen.table("", columns, rows, right=columns[-1:]))
+        screen.print_table(screen.console(), "", columns, rows, right=columns[-1:])
     if not json:
         typer.echo(f"{len(different)} of {len(entries)} differ" if different else f"all {len(entries)} are equal")
     if different:
@@ -280,7 +279,7 @@ def plan(
     out = screen.console()
     columns = ["B", "A", "how", "exactness", "evidence"]
     cells = [(row.target, row.source, row.how, row.exactness, row.evidence) for row in rows]
-    out.print(screen.table(made.summary(rows), columns, cells))
+    screen.print_table(out, made.summary(rows), columns, cells)
     if not made.settled:
         out.print("\n".join(made.problems()), markup=False, soft_wrap=True)
         raise typer.Exit(1)
@@ -346,4 +345,4 @@ def plot(
         numbers = (min(finite), max(finite), finite[-1]) if finite else (None, None, None)
         rows.append((name, pictures.sparkline(values), *map(screen.number, (*numbers, at_best))))
     columns = ["metric", f"{len(records)} records by {pictures.axis_of(records)}", "min", "max", "last", "at best"]
-    screen.console().print(screen.table(str(run), columns, rows, right=columns[2:]))
+    screen.print_table(screen.console(), str(run), columns, rows, right=columns[2:])

@@ -25,15 +25,18 @@ def console() -> Console:
     return Console(highlight=False, width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else _WIDE)
 
 
-def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[str] = ()) -> Table:
-    """A table whose columns named in `right` hold numbers."""
-    made = Table(title=Text(title, style="bold") if title else None, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
-    made.show_header = any(columns)
+def print_table(
+    out: Console, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]], right: Sequence[str] = ()
+) -> None:
+    """Print a table under its title. right: columns that hold numbers."""
+    if title:
+        out.print(Text(title, style="bold"), overflow="fold")
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(columns))
     for name in columns:
-        made.add_column(name, justify="right" if name in right else "left", overflow="fold")
+        table.add_column(name, justify="right" if name in right else "left", overflow="fold")
     for row in rows:
-        made.add_row(*(cell if isinstance(cell, Text) else Text("" if cell is None else str(cell)) for cell in row))
-    return made
+        table.add_row(*(Text("" if cell is None else str(cell)) for cell in row))
+    out.print(table)
 
 
 def progress() -> Progress:

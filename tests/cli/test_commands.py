@@ -16,6 +16,7 @@ import pytest
 
 import polyckpt
 from polyckpt import BestBy, CheckpointManager
+from tests.sealing import REPOSITORY
 
 COMMAND = Path(sys.executable).parent / "polyckpt"
 LOSSES = [0.9, 0.5, float("nan"), 0.2, 0.4, 0.7]
@@ -94,7 +95,7 @@ def test_ls_by_another_metric(directory: Path) -> None:
 def test_ls_of_checkpoints_that_no_manager_wrote(tmp_path: Path) -> None:
     polyckpt.save(tmp_path / "first", weights(0), step=3, metrics={"loss": float("inf")})
     told = json.loads(run("ls", tmp_path, "--json").stdout)
-    assert [(each["name"], each["step"], each["metrics"]) for each in told] == [("first", 3, {"loss": {"value": "inf"}})]
+    assert [(each["name"], each["step"], each["metrics"]) for each in told] == [("first", 3, {"loss": {"$float": "inf"}})]
 
 
 def test_a_table_fits_its_terminal_and_is_whole_in_a_pipe(directory: Path) -> None:
@@ -179,7 +180,7 @@ def test_diff_of_what_only_one_has_or_has_otherwise(tmp_path: Path) -> None:
     told = {each["name"]: each for each in json.loads(run("diff", one, other, "--json", "--weights", code=1).stdout)}
     assert (told["a"]["one"], told["a"]["other"], told["a"]["largest"]) == ("float64[3]", "", None)
     assert (told["b"]["one"], told["b"]["other"], told["b"]["largest"]) == ("float64[2, 3]", "float64[3, 2]", None)
-    assert told["c"]["largest"] == {"value": "inf"}
+    assert told["c"]["largest"] == {"$float": "inf"}
     assert (told["d"]["one"], told["d"]["other"]) == ("", "float64[1]")
 
 
@@ -277,3 +278,26 @@ def test_no_framework_is_imported(directory: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", program, str(directory)], capture_output=True, text=True, timeout=60)
     assert done.stdout.endswith("[]\n"), done.stdout + done.stderr
+
+
+def readme(command: str) -> list[list[str]]:
+    """The rows that the README shows for a command."""
+    text = (REPOSITORY / "README.md").read_text()
+    block = re.search(rf"^\$ polyckpt {re.escape(command)}[^\n]*\n(.*?)(?=^\$|^```)", text, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    return cells(block[1])
+
+
+def test_the_readme_shows_what_comes(tmp_path: Path) -> None:
+    with CheckpointManager(tmp_path / "small", monitor="val_loss", keep_last=3) as manager:
+        for epoch in range(12):
+            loss = 1 / (epoch + 1) + 0.02 * (epoch - 7) ** 2 if epoch != 4 else float("nan")
+            metrics = {"val_loss": loss, "val_acc": 0.5 + 0.04 * epoch}
+            manager.save(weights(0), epoch=epoch + 1, step=10 * (epoch + 1), metrics=metrics)
+    assert cells(run("plot", tmp_path / "small").stdout)[1:] == readme("plot runs/small")
+    size_and_age = re.compile(r"\d+(\.\d+)? (B|kB|s|min)")
+    told, shown = (
+        [[cell for cell in row if not size_and_age.fullmatch(cell)] for row in rows]
+        for rows in (cells(run("ls", tmp_path / "small").stdout)[1:], readme("ls runs/small"))
+    )
+    assert told == shown and len(told) == 5
