@@ -218,3 +218,53 @@ def test_without_a_step_a_correction_by_it_is_refused(tmp_path: Path) -> None:
     net = Net(0)
     with pytest.raises(MismatchError, match=r"step.*pass step= to save"):
         polyckpt.load(path, net, nnx_optimizer(net), accept={*ACCEPTED, "slots"})
+
+
+def test_parts_of_a_matrix_do_not_go_on_as_the_whole(tmp_path: Path) -> None:
+    """torch packs the gates of an LSTM into one matrix, whose directions are not those of each gate."""
+    torch.manual_seed(0)
+    model = torch.nn.LSTM(5, 4)
+    chosen, others = ([each for each in model.parameters() if each.ndim == axes] for axes in (2, 1))
+    optimizers = [torch.optim.Muon(chosen, lr=RATE, nesterov=False), torch.optim.AdamW(others, lr=RATE_BESIDE)]
+    for _ in range(2):
+        model.zero_grad()
+        model(torch.ones(3, 2, 5))[0].pow(2).sum().backward()
+        for each in optimizers:
+            each.step()
+    path = polyckpt.save(tmp_path / "torch", model, optimizers, step=2)
+    net = nnx.LSTMCell(5, 4, rngs=nnx.Rngs(0))
+    tx = optax.contrib.muon(RATE, adam_learning_rate=RATE_BESIDE, nesterov=False, weight_decay=0.1, adam_weight_decay=0.01)
+    accepted = {*ACCEPTED, "scale", "slots"}
+    with pytest.raises(MismatchError, match=r"folded.*kernel.*another number of parameters for the same"):
+        polyckpt.load(path, net, nnx.Optimizer(net, tx, wrt=nnx.Param), accept=accepted)
+
+
+def test_matrices_with_their_outputs_first_are_not_described_as_if_last(tmp_path: Path) -> None:
+    turned = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=0)
+    net = Net(0)
+    dims = lambda params: jax.tree.map(lambda leaf: turned if leaf.ndim == 2 else None, params)  # noqa: E731
+    optimizer = nnx_optimizer(net, muon_weight_dimension_numbers=dims)
+    train_nnx(net, optimizer, range(2))
+    path = polyckpt.save(tmp_path / "nnx", net, optimizer)
+    assert not any("rms_rate" in group.hyperparameters for group in polyckpt.inspect(path).manifest.optimizer.groups)
+    model, optimizers = torch_run(1, embeddings=True, nesterov=False)
+    with pytest.raises(MismatchError, match="family"):
+        polyckpt.load(path, model, optimizers, accept=ACCEPTED)
+
+
+def test_a_factor_that_torch_has_no_key_for_is_computed_with_saved_and_resumed(tmp_path: Path) -> None:
+    net = Net(0)
+    optimizer = nnx_optimizer(net, consistent_rms=0.5)
+    train_nnx(net, optimizer, range(4))
+    path = polyckpt.save(tmp_path / "nnx", net, optimizer)
+    before = nnx_weights(net)
+    train_nnx(net, optimizer, range(4, 9))
+    model, optimizers = torch_run(1, embeddings=False, nesterov=False, seed=1)
+    polyckpt.load(path, model, optimizers, accept=ACCEPTED, continuation="exact")
+    second = polyckpt.save(tmp_path / "torch", model, optimizers, step=4)
+    other, fresh = torch_run(1, embeddings=False, nesterov=False, seed=2)
+    polyckpt.load(second, other, fresh)
+    train_torch(other, fresh, range(4, 9))
+    way = max(np.abs(one - two).max() for one, two in zip(nnx_weights(net), before, strict=True))
+    apart = max(np.abs(one - two).max() for one, two in zip(nnx_weights(net), torch_weights(other), strict=True))
+    assert apart <= 1e-5 * way
