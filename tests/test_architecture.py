@@ -51,6 +51,7 @@ LAYERS = [
     ["adapter"],
     ["registry"],
     ["objects", "parity", "converted"],
+    ["slots"],
     ["continuation"],
     ["conversion", "differences"],
     ["snapshot"],
