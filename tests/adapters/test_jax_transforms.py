@@ -211,7 +211,7 @@ def own(updates: Any, state: Any, params: Any = None) -> Any:
         optax.chain(optax.scale_by_adam(), optax.clip(1.0), optax.scale(-0.1)),
         optax.chain(optax.scale_by_adam(eps_root=1e-8), optax.scale(-0.1)),
         optax.amsgrad(0.1, bias_correction_nu=False),
-        optax.partition({"x": optax.adam(0.1), "y": optax.sgd(0.1)}, {"a": "x", "b": "y", "c": "x"}),
+        optax.partition({"x": optax.adam(0.1), "y": optax.yogi(0.1)}, {"a": "x", "b": "y", "c": "x"}),
         optax.yogi(0.1),
         optax.chain(optax.scale_by_adam(), optax.scale_by_schedule(lambda count: -0.1 * count.at[()].get() ** 0)),  # fails
         optax.novograd(0.1),
@@ -220,6 +220,22 @@ def own(updates: Any, state: Any, params: Any = None) -> Any:
 def test_what_the_tables_do_not_say_is_custom(tx: Any, tmp_path: Path) -> None:
     optimizer = described(saved(tx, tmp_path)[0])
     assert not optimizer.conventions and not any(group.hyperparameters for group in optimizer.groups)
+
+
+def test_groups_of_two_families_say_their_own(tmp_path: Path) -> None:
+    tx = optax.partition({"x": optax.adam(0.1), "y": optax.sgd(0.2, 0.9)}, {"a": "x", "b": "y", "c": "x"})
+    optimizer = described(saved(tx, tmp_path)[0])
+    told = [
+        (group.parameters, group.family or optimizer.family, {**optimizer.conventions, **group.conventions})
+        for group in optimizer.groups
+    ]
+    assert told == [
+        (("params/a", "params/c"), "adam", {"epsilon": "outside_sqrt"}),
+        (("params/b",), "sgd", {"momentum": "unscaled"}),
+    ]
+    assert [group.hyperparameters["learning_rate"] for group in optimizer.groups] == [pytest.approx(0.1), pytest.approx(0.2)]
+    meanings = {(slot.meaning, name) for slot in optimizer.slots.values() for name in slot.tensors}
+    assert {("second_moment", "params/a"), ("momentum", "params/b")} <= meanings
 
 
 def test_an_optimizer_of_nnx_tells_too_and_loads_as_before(tmp_path: Path) -> None:
