@@ -81,13 +81,8 @@ def prepare(several: Optimizers, stored: StoredOptimizer, parameters: Parameters
         return _refused(several, stored.type, section)
     parts = []
     for optimizer, each in zip(several, saved, strict=True):
-        mine = each["state"]["shapes"]
-        slots = {
-            slot: inside
-            for slot, entries in stored.slots.items()
-            if (inside := {name: tensor for name, tensor in entries.items() if name in mine})
-        }
-        own = StoredOptimizer(type=each["type"], slots=slots, native=each["state"])
+        # Slots of parameters that an optimizer does not have are nothing to it.
+        own = StoredOptimizer(type=each["type"], slots=stored.slots, native=each["state"])
         parts.append(single.prepare(optimizer, own, parameters, section))
     return _together(several, parts)
 
