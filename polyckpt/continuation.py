@@ -342,11 +342,12 @@ class _Work:
         return found
 
     def _untouched(self, index: int, live: Form, translated: Translated) -> Translated:
-        """A group that goes on by the formula of the checkpoint: what is left are what no formula of ours gives (the precision
-        of another library), the learning rate and the clipping.
+        """A group that goes on by the formula of the checkpoint: what is left are the learning rate, the clipping, and what no
+        formula of ours gives (the precision of another library, matrices that lie otherwise).
         """
         rate = [each for each in translated.differences if each.name == "learning_rate"]
-        left = [item for item in translated.items if item.name in CLIPS or (item.name == "precision" and not item.remedy)]
+        hopeless = [item for item in translated.items if item.name in ("precision", "scale") and item.size and not item.remedy]
+        left = [*hopeless, *(item for item in translated.items if item.name in CLIPS)]
         form = self.slots.source_form(index, live)
         ours = {name: choice for name, choice in form.conventions.items() if name != "precision"}
         return Translated(replace(form, conventions=ours), {}, left, rate)
