@@ -324,6 +324,8 @@ def _described(steps: Sequence[Step]) -> Described:
             raise _UnknownError(step.name)
     values["learning_rate"] = rate
     plain = {name: value if isinstance(value, bool) else number(value) for name, value in values.items()}
+    if "iterations" in plain:
+        plain["iterations"] = int(plain["iterations"])
     settable = {
         INJECTED[name] for step in steps for name, schedule in step.at.injected.items() if name in INJECTED and schedule is None
     }

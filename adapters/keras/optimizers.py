@@ -423,7 +423,7 @@ def continue_(optimizer: Any, continuation: Continuation, model: ModelCapture, s
         for group, (_, held) in zip(continuation.groups, _grouped(optimizer, row, trained), strict=True)
     ]
     main = next((rate for rate, each in zip(rates, rows, strict=True) if not (each and each.rate)), rates[0])
-    factors = [rate / main if main else 1.0 for rate in rates]
+    factors = [rate / main if main else _factor(inner, each) for rate, each in zip(rates, rows, strict=True)]
     problems = [] if exact else list(_at_odds(inner, continuation.groups, rows, factors, main, section))
     forms, of = _forms(continuation.groups, factors, trained)
 

@@ -422,3 +422,13 @@ def test_momentum_that_looks_ahead_does_so_in_a_hook(tmp_path: Path) -> None:
     train(here, 3)
     train_torch(model, optimizer, 3)
     assert close(here, model)
+
+
+def test_a_rate_of_zero_says_nothing_of_ratios(tmp_path: Path) -> None:
+    path = muon_of_torch(tmp_path / "torch", (0.0, 0.0))
+    here = network(
+        keras.optimizers.Muon(0.5, nesterov=False, weight_decay=0.1, adam_lr_ratio=0.5, adam_beta_1=0.8, adam_beta_2=0.95)
+    )
+    here.optimizer.build(here.trainable_variables)
+    polyckpt.load(path, here, accept={*ACCEPTED, "weight_decay"})
+    assert here.optimizer.adam_lr_ratio == 0.5 and float(keras.ops.convert_to_numpy(here.optimizer.learning_rate)) == 0.0

@@ -269,3 +269,14 @@ def test_a_factor_that_torch_has_no_key_for_is_computed_with_saved_and_resumed(t
     way = max(np.abs(one - two).max() for one, two in zip(nnx_weights(net), before, strict=True))
     apart = max(np.abs(one - two).max() for one, two in zip(nnx_weights(net), torch_weights(other), strict=True))
     assert apart <= 1e-5 * way
+
+
+def test_a_number_of_iterations_stays_one(tmp_path: Path) -> None:
+    net = Net(0)
+    optimizer = nnx_optimizer(net, ns_steps=3)
+    train_nnx(net, optimizer, range(2))
+    path = polyckpt.save(tmp_path / "nnx", net, optimizer)
+    model, optimizers = torch_run(1, embeddings=False, nesterov=False, seed=1)
+    polyckpt.load(path, model, optimizers, accept=ACCEPTED)
+    assert repr(optimizers[0].param_groups[0]["ns_steps"]) == "3"
+    train_torch(model, optimizers, range(2))
