@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
@@ -212,8 +213,8 @@ class Checkpoint:
         )
 
 
-def verify_all(tensors: Iterable[StoredTensor]) -> None:
-    """Verify tensors in a few threads: hashing and reading release the GIL."""
+def verify_all(tensors: Iterable[StoredTensor], done: Callable[[StoredTensor], None] | None = None) -> None:
+    """Verify tensors in a few threads: hashing and reading release the GIL. done: called with each that is whole."""
     # One task for all that is small: handing over a task costs more than hashing a kilobyte.
     batches: list[list[StoredTensor]] = [[]]
     for tensor in tensors:
@@ -222,13 +223,15 @@ def verify_all(tensors: Iterable[StoredTensor]) -> None:
         else:
             batches.append([tensor])
     with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(_verify_batch, batches):
+        for _ in pool.map(functools.partial(_verify_batch, done=done), batches):
             pass
 
 
-def _verify_batch(batch: list[StoredTensor]) -> None:
+def _verify_batch(batch: list[StoredTensor], done: Callable[[StoredTensor], None] | None) -> None:
     for tensor in batch:
         tensor.verify()
+        if done is not None:
+            done(tensor)
 
 
 def _release(lock: int, pid: int) -> None:

@@ -417,10 +417,11 @@ def continue_(optimizer: Any, continuation: Continuation, model: ModelCapture, s
     if exact and inner is not optimizer:
         raise UnsupportedError(f"{section}: a {type_name(optimizer)} cannot be given another formula: pass the optimizer in it")
     row = _row(inner)
-    rows = [each for each, _ in _grouped(optimizer, row, trained)]
+    grouped = _grouped(optimizer, row, trained)
+    rows = [each for each, _ in grouped]
     rates = [
         float(group.hyperparameters.get("learning_rate", held.hyperparameters.get("learning_rate", 0.0)))
-        for group, (_, held) in zip(continuation.groups, _grouped(optimizer, row, trained), strict=True)
+        for group, (_, held) in zip(continuation.groups, grouped, strict=True)
     ]
     main = next((rate for rate, each in zip(rates, rows, strict=True) if not (each and each.rate)), rates[0])
     factors = [rate / main if main else _factor(inner, each) for rate, each in zip(rates, rows, strict=True)]

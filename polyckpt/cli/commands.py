@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import enum
 import math
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,11 +11,12 @@ import msgspec
 import typer
 
 from polyckpt import differences, schema
-from polyckpt.checkpoint import Checkpoint, StoredTensor
+from polyckpt.checkpoint import Checkpoint, StoredTensor, verify_all
 from polyckpt.cli import pictures, runs, screen
 from polyckpt.dtypes import lookup
 from polyckpt.errors import CheckpointError, PlanError, PolicyError
 from polyckpt.policy import value_of
+from polyckpt.slots import numbers
 
 app = typer.Typer(
     help="Checkpoints of PyTorch, Keras and JAX on disk: list, show, verify, compare, plot and prune them.",
@@ -156,10 +156,7 @@ def _show_optimizer(out: Any, optimizer: schema.Optimizer) -> None:
     step = "" if optimizer.step is None else f", step {optimizer.step}"
     rows: list[tuple[Any, ...]] = []
     for index, group in enumerate(optimizer.groups):
-        values = {
-            name: schema.from_number(value) if isinstance(value, schema.NonFinite) else value
-            for name, value in group.hyperparameters.items()
-        }
+        values = numbers(group.hyperparameters)
         told = ", ".join(
             f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()
         )
@@ -204,15 +201,9 @@ def _verified(path: Path) -> str:
     sections = opened.weights, opened.optimizer, opened.state
     tensors = {id(tensor): tensor for section in sections for tensor in section.stored.values()}
     total = sum(map(_bytes, tensors.values()))
-    with screen.progress() as bar, ThreadPoolExecutor(max_workers=4) as pool:
+    with screen.progress() as bar:
         task = bar.add_task(path.name, total=total)
-
-        def one(tensor: StoredTensor) -> None:
-            tensor.verify()
-            bar.advance(task, _bytes(tensor))
-
-        for _ in pool.map(one, tensors.values()):
-            pass
+        verify_all(tensors.values(), lambda tensor: bar.advance(task, _bytes(tensor)))
     return f"({len(tensors)} tensors, {screen.size(total)})"
 
 
@@ -332,7 +323,7 @@ def plot(
     chosen = metric or there
     if not chosen:
         raise PolicyError(f"{run}: nothing was measured")
-    marked = next((each.name for each in runs.listed(run, monitor, mode) if "best" in each.marks), None)
+    marked = runs.best_of(found, run, monitor)
     if target is not None:
         pictures.plot(records, marked, chosen, target)
         typer.echo(target)

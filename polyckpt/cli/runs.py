@@ -53,28 +53,29 @@ def opened(path: Path, monitor: str | None, mode: str, keep_last: int | None = N
     return found
 
 
-def best(path: Path, monitor: str | None, mode: str) -> Path | None:
+def best(path: Path, monitor: str | None, mode: str) -> Path:
     """The best checkpoint of a run: by the metric, or what its own manager took for the best."""
     run = opened(path, monitor, mode)
+    name = best_of(run, path, monitor)
+    if name is not None:
+        return (local.absolute(path) / name).resolve()
     if monitor is not None:
-        found = next(iter(run.selected("best", str(path))), None)
-        if found is None:
-            raise RunError(f"{path}: {run.no_best()}")
-        return local.absolute(path) / str(found.name)
+        raise RunError(f"{path}: {run.no_best()}")
+    raise PolicyError(f"{path}: its manager had no monitor, so that none is best: name a metric with --monitor")
+
+
+def best_of(run: Run, path: Path, monitor: str | None) -> str | None:
+    """The name of the best checkpoint of a run that was opened with this monitor; None where none is."""
+    if monitor is not None:
+        return next((each.name for each in run.selected("best", str(path))), None)
     link = local.absolute(path) / "best"
-    if not link.is_symlink():
-        raise PolicyError(f"{path}: its manager had no monitor, so that none is best: name a metric with --monitor")
-    return link.resolve()
+    return os.readlink(link) if link.is_symlink() else None
 
 
 def listed(path: Path, monitor: str | None, mode: str) -> list[Listed]:
     """Every checkpoint in a directory, oldest first."""
     run, directory = opened(path, monitor, mode), local.absolute(path)
-    if monitor is None:
-        taken = directory / "best"
-        chosen = os.readlink(taken) if taken.is_symlink() else None
-    else:
-        chosen = next((each.name for each in run.selected("best", str(path))), None)
+    chosen = best_of(run, path, monitor)
     last = run.checkpoints[-1].name if run.checkpoints else None
     found = []
     for record in run.checkpoints:
@@ -127,7 +128,7 @@ def prune(
     """
     run, directory = opened(path, monitor, mode, keep_last, keep_best), local.absolute(path)
     kept = run.rules.retained(run.checkpoints)
-    marked = {each.name for each in listed(path, monitor, mode) if each.marks}
+    marked = best_of(run, path, monitor)
     files, history = RunDirectory(directory), History(directory)
     if not dry_run:
         files.claim()
@@ -135,7 +136,7 @@ def prune(
     try:
         for record in run.checkpoints:
             name = str(record.name)
-            if record.sequence in kept or name in marked or name in run.copies:
+            if record.sequence in kept or name == marked or name in run.copies:
                 continue
             size_bytes = screen.bytes_of(directory / name)
             if dry_run or files.delete(name):

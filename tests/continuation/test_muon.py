@@ -76,6 +76,14 @@ def nnx_weights(model: Net) -> list[np.ndarray]:
     return [np.asarray(each[...]) for each in layers]
 
 
+def nnx_run(directory: Path, steps: int, **settings: Any) -> tuple[Net, nnx.Optimizer, Path]:
+    """A network that was trained for some steps, its optimizer, and the checkpoint of both."""
+    net = Net(0)
+    optimizer = nnx_optimizer(net, **settings)
+    train_nnx(net, optimizer, range(steps))
+    return net, optimizer, polyckpt.save(directory / "nnx", net, optimizer)
+
+
 def hidden_only(params: Any) -> Any:
     dims = optax.contrib.MuonDimensionNumbers()
     return jax.tree_util.tree_map_with_path(
@@ -131,10 +139,7 @@ def test_two_optimizers_are_one_of_optax_and_back(tmp_path: Path) -> None:
 
 
 def test_it_goes_on_there_as_it_would_have_here_but_for_bfloat16(tmp_path: Path) -> None:
-    net = Net(0)
-    optimizer = nnx_optimizer(net)
-    train_nnx(net, optimizer, range(4))
-    path = polyckpt.save(tmp_path / "nnx", net, optimizer)
+    net, optimizer, path = nnx_run(tmp_path, 4)
     before = nnx_weights(net)
     train_nnx(net, optimizer, range(4, 9))
     for continuation, bound in (("exact", 1e-5), ("stock", 0.1)):
@@ -181,10 +186,7 @@ def test_nesterov_momentum_of_adam_is_told_with_its_size(tmp_path: Path) -> None
 
 
 def test_a_scale_that_cannot_be_had_is_refused_or_set_up(tmp_path: Path) -> None:
-    net = Net(0)
-    optimizer = nnx_optimizer(net, consistent_rms=0.5)
-    train_nnx(net, optimizer, range(4))
-    path = polyckpt.save(tmp_path / "nnx", net, optimizer)
+    _, _, path = nnx_run(tmp_path, 4, consistent_rms=0.5)
     model, optimizers = torch_run(1, embeddings=False, nesterov=False, seed=1)
     restored = polyckpt.load(path, model, optimizers, accept=ACCEPTED)
     group = optimizers[0].param_groups[0]
@@ -242,11 +244,8 @@ def test_parts_of_a_matrix_do_not_go_on_as_the_whole(tmp_path: Path) -> None:
 
 def test_matrices_with_their_outputs_first_are_not_described_as_if_last(tmp_path: Path) -> None:
     turned = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=0)
-    net = Net(0)
     dims = lambda params: jax.tree.map(lambda leaf: turned if leaf.ndim == 2 else None, params)  # noqa: E731
-    optimizer = nnx_optimizer(net, muon_weight_dimension_numbers=dims)
-    train_nnx(net, optimizer, range(2))
-    path = polyckpt.save(tmp_path / "nnx", net, optimizer)
+    _, _, path = nnx_run(tmp_path, 2, muon_weight_dimension_numbers=dims)
     assert not any("rms_rate" in group.hyperparameters for group in polyckpt.inspect(path).manifest.optimizer.groups)
     model, optimizers = torch_run(1, embeddings=True, nesterov=False)
     with pytest.raises(MismatchError, match="family"):
@@ -254,10 +253,7 @@ def test_matrices_with_their_outputs_first_are_not_described_as_if_last(tmp_path
 
 
 def test_a_factor_that_torch_has_no_key_for_is_computed_with_saved_and_resumed(tmp_path: Path) -> None:
-    net = Net(0)
-    optimizer = nnx_optimizer(net, consistent_rms=0.5)
-    train_nnx(net, optimizer, range(4))
-    path = polyckpt.save(tmp_path / "nnx", net, optimizer)
+    net, optimizer, path = nnx_run(tmp_path, 4, consistent_rms=0.5)
     before = nnx_weights(net)
     train_nnx(net, optimizer, range(4, 9))
     model, optimizers = torch_run(1, embeddings=False, nesterov=False, seed=1)
@@ -272,10 +268,7 @@ def test_a_factor_that_torch_has_no_key_for_is_computed_with_saved_and_resumed(t
 
 
 def test_a_number_of_iterations_stays_one(tmp_path: Path) -> None:
-    net = Net(0)
-    optimizer = nnx_optimizer(net, ns_steps=3)
-    train_nnx(net, optimizer, range(2))
-    path = polyckpt.save(tmp_path / "nnx", net, optimizer)
+    _, _, path = nnx_run(tmp_path, 2, ns_steps=3)
     model, optimizers = torch_run(1, embeddings=False, nesterov=False, seed=1)
     polyckpt.load(path, model, optimizers, accept=ACCEPTED)
     assert repr(optimizers[0].param_groups[0]["ns_steps"]) == "3"
