@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from polyckpt import parity
-    from polyckpt.api import Restored, inspect, load, plan, save
+    from polyckpt.api import Restored, export, inspect, load, open, plan, save
     from polyckpt.checkpoint import Checkpoint
     from polyckpt.conversion import Report
     from polyckpt.errors import (
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from polyckpt.policy import BestBy, EarlyStopping, Every, KeepEvery, KeepLast, OnImprovement, Record
 
 _MODULES = {
-    "polyckpt.api": ("Restored", "inspect", "load", "plan", "save"),
+    "polyckpt.api": ("Restored", "export", "inspect", "load", "open", "plan", "save"),
     "polyckpt.checkpoint": ("Checkpoint",),
     "polyckpt.conversion": ("Report",),
     "polyckpt.errors": (
@@ -97,8 +97,10 @@ __all__ = [
     "StorageError",
     "UnsupportedError",
     "VersionError",
+    "export",
     "inspect",
     "load",
+    "open",
     "parity",
     "plan",
     "save",

@@ -120,6 +120,7 @@ class Continuation:
 class StoredModel:
     """What a checkpoint holds of a model: `weights` with tied names included; `native` and `rng` as trees.
 
+    native: None where there is nothing but tensors. rng: None where there is none.
     The leaves of a stored tree are TensorRef: adapters turn them into tensors with `residue.live` when they apply.
     """
 

@@ -16,6 +16,8 @@ from polyckpt.adapter import NO_OPTIMIZER, Adapter, Parts, Restore, StoredModel,
 from polyckpt.checkpoint import Checkpoint, verify_all
 from polyckpt.conversion import Report
 from polyckpt.errors import CorruptError, MismatchError, Problem, UnsupportedError
+from polyckpt.formats import opened, table, writing
+from polyckpt.formats.described import Like
 from polyckpt.names import type_name
 from polyckpt.plans import Plan
 from polyckpt.scalars import Scalar, optional_number
@@ -128,8 +130,14 @@ def load(
     apply: Callable[..., Any] | None = None,
     tx: Any = None,
     continuation: Literal["stock", "exact"] = "stock",
+    like: Any = None,
+    format: str | None = None,
 ) -> Restored:
     """Restore the checkpoint `path` into live objects, of the framework that wrote it or of another.
+
+    path: a checkpoint that `save` wrote, or a file or directory in a format of others, which its content tells (format: the
+    name of one, where it does not). like: for such a file that is to be converted, a model of the framework that wrote it, with
+    its names: it says what the tensors are, and nothing is written to it.
 
     model, optimizer, scheduler, extra: as given to `save`; for immutable JAX values templates (arrays or
     ShapeDtypeStructs), and the restored ones are in the result. Without an optimizer only weights are loaded. strict: with
@@ -148,8 +156,8 @@ def load(
     missing, unexpected, of another shape or type; AmbiguityError and ParityError, which are kinds of it; PlanError;
     NotACheckpointError, CorruptError, VersionError or StorageError.
     """
-    checkpoint = Checkpoint(path, verify=verify)
     adapter = registry.adapter_for(model, "model")
+    checkpoint = _open(path, verify, like, format, model, optimizer, tx)
     options = conversion.Options(
         rules=rules,
         pairs=_pairs(plan),
@@ -167,7 +175,8 @@ def load(
     convert = functools.partial(_convert, checkpoint, native, adapter, model, optimizer, tx, scheduler, extra or {}, options)
     if rules or plan is not None or checkpoint.manifest.producer.adapter != adapter.name:
         return convert()
-    restore_rng = (parts.optimizer is not None) if rng is None else rng
+    random = any(native.get(name) for name in ("rng", "model_rng"))
+    restore_rng = (parts.optimizer is not None and random) if rng is None else rng
 
     try:
         with _readable(checkpoint):
@@ -178,6 +187,12 @@ def load(
         return convert()  # not built yet, which the probe does
     if prepared["model"].problems and _is_of_another_library(checkpoint, adapter, parts.model):
         return convert()
+    if isinstance(checkpoint, opened.Foreign) and _differ_in_type_only(prepared["model"].problems):
+        # Others load float16 into float32; what may be rounded is decided as for any conversion.
+        options = dataclasses.replace(
+            options, pairs=[(unit.path, unit.path, None) for unit in conversion.side_of(checkpoint).units]
+        )
+        return _convert(checkpoint, native, adapter, model, optimizer, tx, scheduler, extra or {}, options)
     problems = tuple(problem for restore in prepared.values() for problem in restore.problems)
     if problems and strict:
         raise MismatchError(
@@ -199,6 +214,8 @@ def plan(
     rules: Mapping[str, str] | None = None,
     probe_axes: str | Sequence[str | None] | None = None,
     apply: Callable[..., Any] | None = None,
+    like: Any = None,
+    format: str | None = None,
 ) -> Plan:
     """How `load` would convert the checkpoint `path` into `model`; nothing is loaded, and nothing of the model changes.
 
@@ -207,22 +224,114 @@ def plan(
 
     Raises PlanError for rules that cannot be followed, NotACheckpointError, CorruptError, VersionError or StorageError.
     """
-    checkpoint = Checkpoint(path)
+    checkpoint = _open(path, True, like, format, model)
     adapter = registry.adapter_for(model, "model")
     options = conversion.Options(rules=rules, probe_axes=probe_axes, apply=apply)
     parts = adapter.parts(model, NO_OPTIMIZER)
     return conversion.prepare(checkpoint, _probe(checkpoint, _decode_native(checkpoint)), adapter, parts.model, options).plan
 
 
-def inspect(path: str | os.PathLike[str], *, verify: bool = True) -> Checkpoint:
-    """Open the checkpoint `path` without any framework.
+def inspect(path: str | os.PathLike[str], *, verify: bool = True, like: Any = None, format: str | None = None) -> Checkpoint:
+    """Open the checkpoint `path`, in whatever format it is.
 
     `.manifest` says what it holds; `.weights`, `.optimizer` and `.state` map names to NumPy arrays, read when they are
-    asked for and, with `verify`, compared with their checksums.
+    asked for and, with `verify`, compared with their checksums. Ours, and most others, are read without any framework.
 
-    Raises NotACheckpointError, CorruptError, VersionError or StorageError.
+    verify, like, format: as in `load`. Raises NotACheckpointError, CorruptError, VersionError or StorageError; for formats of
+    others UnsupportedError, naming what nobody may read, AdapterError, naming what to install, and MismatchError where what
+    there is is not that of `like`.
     """
-    return Checkpoint(path, verify=verify)
+    return _open(path, verify, like, format)
+
+
+open = inspect
+"""As `inspect`: what a checkpoint holds, before it is loaded."""
+
+
+def export(
+    path: str | os.PathLike[str],
+    target: str | os.PathLike[str],
+    model: Any = None,
+    optimizer: Any = None,
+    *,
+    to: str | None = None,
+    overwrite: bool = False,
+    **options: Any,
+) -> Path:
+    """Write the checkpoint `path` as `target` in a format of others, which their own loaders read; returns its absolute path.
+
+    to: the name of the format, by default the one that the name of `target` ends like. model, optimizer: live objects to load
+    the checkpoint into first, as `load` does with `options`: needed where it was written by another framework than that of the
+    format, or where the format is written by live objects only (Keras, Equinox). overwrite: whether what is there is replaced.
+
+    Raises CheckpointExistsError, UnsupportedError, and as `load` does; after each of them what was on disk is still there.
+    """
+    wanted = local.absolute(target)
+    chosen = table.by_suffix(wanted) if to is None else table.named(to)
+    if chosen is None:
+        raise UnsupportedError(f"{wanted}: its name does not say which format it is to have: pass to= (--to)")
+    writing.check(wanted, chosen, overwrite=overwrite)
+    if model is None:
+        checkpoint = _open(path, True, options.pop("like", None), options.pop("format", None))
+        if options:
+            raise UnsupportedError(f"{', '.join(options)}: only where a model is given into which to load")
+        source = writing.Source(checkpoint)
+    else:
+        restored = load(path, model, optimizer, **options)
+        assert restored.checkpoint is not None
+        source = writing.Source(_captured(restored), restored.model, restored.optimizer)
+    if chosen.adapter not in ("", source.checkpoint.manifest.producer.adapter):
+        raise UnsupportedError(
+            f"{chosen.title}: holds what {chosen.adapter} writes, and {path} was written by "
+            f"{source.checkpoint.manifest.producer.adapter}: pass a model of {chosen.adapter} to convert it into (--like)"
+        )
+    writing.write(source, wanted, chosen, overwrite=overwrite)
+    return wanted
+
+
+def _differ_in_type_only(problems: Sequence[Problem]) -> bool:
+    return bool(problems) and all(problem.kind == "dtype" for problem in problems)
+
+
+def _captured(restored: Restored) -> Checkpoint:
+    """The live objects into which a checkpoint was loaded, as a checkpoint again."""
+    assert restored.checkpoint is not None
+    optimizer = NO_OPTIMIZER if restored.optimizer is None else restored.optimizer
+    captured = snapshot.capture(
+        restored.model,
+        optimizer,
+        epoch=restored.epoch,
+        step=restored.step,
+        batch=restored.batch,
+        metrics=restored.metrics,
+        lr=restored.lr,
+        tx=restored.tx,
+    )
+    return opened.Captured(restored.checkpoint.path, captured)
+
+
+def _open(
+    path: str | os.PathLike[str],
+    verify: bool,
+    like: Any,
+    format: str | None,
+    model: Any = None,
+    optimizer: Any = None,
+    tx: Any = None,
+) -> Checkpoint:
+    """The checkpoint in whatever format; model: the one that it is for, whose names it may have."""
+
+    def described() -> Like | None:
+        if like is not None:
+            return Like.of(like, required=True)
+        if model is None:
+            return None
+        try:
+            return Like.of(model, optimizer, tx, required=False)
+        except UnsupportedError:
+            return None  # not built yet
+
+    return opened.open_(path, verify=verify, like=described, format=format)
 
 
 def _convert(

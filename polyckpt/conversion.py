@@ -350,6 +350,13 @@ _HOW_TO_SETTLE = (
 )
 
 
+def side_of(checkpoint: Checkpoint) -> Side:
+    """The model of a checkpoint as a plan sees it."""
+    model = checkpoint.manifest.model
+    tensors = {name: (tensor.shape, tensor.dtype) for name, tensor in checkpoint.weights.stored.items()}
+    return Side.of(f"{checkpoint.manifest.producer.adapter} {model.type}", model.layers, model.order, tensors, model.aliases)
+
+
 def prepare(
     checkpoint: Checkpoint, probe: Probe | None, adapter: Adapter, model: Any, options: Options, optimizer: Any = None
 ) -> Conversion:
@@ -359,11 +366,8 @@ def prepare(
 
     Raises PlanError, UnsupportedError.
     """
-    layers, order = checkpoint.manifest.model.layers, checkpoint.manifest.model.order
     expected = probe.recording if probe else Recording()
-    stored = {name: (tensor.shape, tensor.dtype) for name, tensor in checkpoint.weights.stored.items()}
-    label = f"{checkpoint.manifest.producer.adapter} {checkpoint.manifest.model.type}"
-    source = _seen(Side.of(label, layers, order, stored, checkpoint.manifest.model.aliases), expected)
+    source = _seen(side_of(checkpoint), expected)
     captured = _captured(adapter, model, probe, options)
     aliases = _aliases(captured)
     tensors = {name: (leaf.shape, leaf.dtype) for name, leaf in captured.weights.items()}

@@ -11,9 +11,9 @@ import numpy as np
 
 from polyckpt import plans
 from polyckpt.checkpoint import Checkpoint, StoredTensor
+from polyckpt.conversion import side_of
 from polyckpt.converted import Converted
 from polyckpt.plans import Plan
-from polyckpt.sides import Side
 
 
 @dataclass(frozen=True)
@@ -38,13 +38,7 @@ class Entry:
 
 def plan_between(one: Checkpoint, other: Checkpoint, rules: Mapping[str, str] | None = None) -> Plan:
     """How the weights of one would become those of the other; the arguments are those of `polyckpt.plan`."""
-    return plans.make(_side(one), _side(other), rules=rules)
-
-
-def _side(checkpoint: Checkpoint) -> Side:
-    model = checkpoint.manifest.model
-    tensors = {name: (tensor.shape, tensor.dtype) for name, tensor in checkpoint.weights.stored.items()}
-    return Side.of(f"{checkpoint.manifest.producer.adapter} {model.type}", model.layers, model.order, tensors, model.aliases)
+    return plans.make(side_of(one), side_of(other), rules=rules)
 
 
 def compare(one: Checkpoint, other: Checkpoint, rules: Mapping[str, str] | None = None) -> Iterator[Entry]:

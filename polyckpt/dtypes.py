@@ -121,6 +121,14 @@ def lookup(name: str, where: str) -> Dtype:
         ) from None
 
 
+def of_code(code: str, where: str) -> Dtype:
+    """The element type that a safetensors file calls `code`, or UnsupportedError that names `where` it stands."""
+    for row in _ROWS:
+        if row.stored_code == code and not row.stored_suffix:
+            return row
+    raise UnsupportedError(f"{where}: safetensors element type {code!r} is not known")
+
+
 def widens(stored: str, live: str) -> bool:
     """Whether every value of one type is one of the other.
 

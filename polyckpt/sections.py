@@ -15,10 +15,10 @@ from polyckpt.storage import tensor_file
 
 
 class Sections:
-    """The tensors of a save by section, each stored once however many names it has."""
+    """The tensors of a save by section, each stored once however many names it has. leaves: section -> name -> tensor."""
 
     def __init__(self) -> None:
-        self._leaves: dict[str, dict[str, Leaf]] = {"weights": {}, "optimizer": {}, "state": {}}
+        self.leaves: dict[str, dict[str, Leaf]] = {"weights": {}, "optimizer": {}, "state": {}}
         self._by_identity: dict[tuple[str, str, Any], str] = {}
 
     def add(self, section: str, name: str, leaf: Leaf) -> str:
@@ -26,9 +26,9 @@ class Sections:
         identity = (section, leaf.dtype, leaf.identity)
         if leaf.identity is not None and identity in self._by_identity:
             return self._by_identity[identity]
-        if name in self._leaves[section]:
+        if name in self.leaves[section]:
             raise UnsupportedError(f"{section}: two tensors are named {name!r}")
-        self._leaves[section][name] = leaf
+        self.leaves[section][name] = leaf
         self._by_identity[identity] = name
         return name
 
@@ -42,17 +42,17 @@ class Sections:
         name = join(path)
         suffix = 1
         # Keys of different types may be written alike, and a key may itself be a tensor.
-        while name in self._leaves["state"]:
+        while name in self.leaves["state"]:
             suffix += 1
             name = join([*path, f"({suffix})"])
         return self.add("state", name, leaf)
 
     def stage(self, staging: Staging) -> None:
         """Make all tensors independent of the live ones."""
-        flat = {f"{section}/{name}": leaf for section, leaves in self._leaves.items() for name, leaf in leaves.items()}
+        flat = {f"{section}/{name}": leaf for section, leaves in self.leaves.items() for name, leaf in leaves.items()}
         for key, leaf in staging.copy(flat).items():
             section, _, name = key.partition("/")
-            self._leaves[section][name] = leaf
+            self.leaves[section][name] = leaf
 
     def write(
         self, directory: Path, metadata: Mapping[str, str]
@@ -60,7 +60,7 @@ class Sections:
         """Write one tensor file per section that has tensors, weights always; returns the manifest's two tables."""
         files: dict[str, schema.TensorFile] = {}
         tensors: dict[str, dict[str, schema.Tensor]] = {}
-        for section, leaves in self._leaves.items():
+        for section, leaves in self.leaves.items():
             tensors[section] = {}
             if not leaves and section != "weights":
                 continue

@@ -5,14 +5,14 @@ from __future__ import annotations
 import datetime
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from polyckpt import __version__, manifest, objects, parity, registry, residue, schema
-from polyckpt.adapter import OptimizerCapture
+from polyckpt.adapter import ModelCapture, OptimizerCapture
 from polyckpt.leaves import Leaf
 from polyckpt.scalars import Scalar, count, learning_rate, scalar, text
 from polyckpt.sections import Sections
@@ -59,6 +59,33 @@ class Snapshot:
             before_commit()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """A run as adapters captured it, or as the reader of another format found it.
+
+    adapter: whose names and layouts these are. optimizer_adapter: who restores the optimizer, where that is another one.
+    scheduler, extra: entries of polyckpt.objects. probe: of polyckpt.parity. rng: tree by adapter. learning_rate: by default
+    that of the optimizer. rates: of a schedule. versions: of packages. left_out: what of a file is not read, one line each.
+    """
+
+    adapter: str
+    model: ModelCapture
+    optimizer: OptimizerCapture | None = None
+    optimizer_adapter: str | None = None
+    scheduler: Mapping[str, Any] | None = None
+    extra: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    probe: Any = None
+    rng: Mapping[str, Any] = field(default_factory=dict)
+    epoch: int | None = None
+    step: int | None = None
+    batch: int | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    learning_rate: Any = None
+    rates: schema.Rates | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    left_out: Sequence[str] = ()
+
+
 def capture(
     model: Any,
     optimizer: Any = None,
@@ -78,38 +105,63 @@ def capture(
     adapter = registry.adapter_for(model, "model")
     parts = adapter.parts(model, optimizer, tx)
     captured = adapter.capture_model(parts.model)
-    sections = Sections()
-    aliases = sections.add_weights(captured.weights)
     adapters = {registry.HOST: registry.named(registry.HOST), adapter.name: adapter}
-    native: dict[str, Any] = {"model": captured.native, "model_rng": captured.rng}
-    optimized = None
+    owner, optimized = adapter, None
     if parts.optimizer is not None:
         owner = registry.find(parts.optimizer) or adapter
         adapters[owner.name] = owner
         optimized = owner.capture_optimizer(parts.optimizer, captured)
-        native["optimizer"] = {"adapter": owner.name, "state": optimized.native}
-    if scheduler is not None:
-        native["scheduler"] = objects.capture(scheduler, "scheduler")
-    native["extra"] = {text(name, "extra"): objects.capture(value, f"extra {name!r}") for name, value in (extra or {}).items()}
+    recording = None
     if probe is not None:
         arguments = parity.arguments_of(probe)
-        native["probe"] = parity.encode(parity.Probe(arguments, parity.record(adapter, parts.model, arguments, apply)))
-    native["rng"] = {name: tree for name, each in adapters.items() if (tree := each.capture_rng()) is not None}
-    done = count(step, "step"), count(epoch, "epoch")
-    described = _describe_optimizer(optimized, sections, _rates(optimized, scheduler, *done)) if optimized else None
+        recording = parity.encode(parity.Probe(arguments, parity.record(adapter, parts.model, arguments, apply)))
+    steps, epochs = count(step, "step"), count(epoch, "epoch")
+    return compose(
+        Contents(
+            adapter=adapter.name,
+            model=captured,
+            optimizer=optimized,
+            optimizer_adapter=owner.name,
+            scheduler=None if scheduler is None else objects.capture(scheduler, "scheduler"),
+            extra={text(name, "extra"): objects.capture(value, f"extra {name!r}") for name, value in (extra or {}).items()},
+            probe=recording,
+            rng={name: tree for name, each in adapters.items() if (tree := each.capture_rng()) is not None},
+            epoch=epochs,
+            step=steps,
+            batch=count(batch, "batch"),
+            metrics=numbers(metrics),
+            learning_rate=lr,
+            rates=_rates(optimized, scheduler, steps, epochs) if optimized else None,
+            versions={name: version for each in adapters.values() for name, version in each.versions().items()},
+        )
+    )
+
+
+def compose(contents: Contents) -> Snapshot:
+    """The checkpoint that these contents make. Raises UnsupportedError, naming what cannot be stored."""
+    sections = Sections()
+    captured, optimized = contents.model, contents.optimizer
+    aliases = sections.add_weights(captured.weights)
+    native: dict[str, Any] = {"model": captured.native, "model_rng": captured.rng}
+    if optimized is not None:
+        native["optimizer"] = {"adapter": contents.optimizer_adapter or contents.adapter, "state": optimized.native}
+    if contents.scheduler is not None:
+        native["scheduler"] = contents.scheduler
+    native["extra"] = contents.extra
+    if contents.probe is not None:
+        native["probe"] = contents.probe
+    native["rng"] = contents.rng
+    described = _describe_optimizer(optimized, sections, contents.rates) if optimized else None
     encoded = residue.encode(native, leaf=_encode_leaf, add_tensor=sections.add_state, path=())
+    lr = contents.learning_rate
     if lr is None and optimized:
         lr = optimized.learning_rate
     draft = {
         "format": schema.FORMAT_NAME,
         "version": manifest.VERSION,
-        "producer": schema.Producer(
-            library_version=__version__,
-            adapter=adapter.name,
-            versions={name: version for each in adapters.values() for name, version in each.versions().items()},
-        ),
-        "progress": schema.Progress(epoch=count(epoch, "epoch"), step=count(step, "step"), batch=count(batch, "batch")),
-        "metrics": {name: schema.to_number(value) for name, value in numbers(metrics).items()},
+        "producer": schema.Producer(library_version=__version__, adapter=contents.adapter, versions=dict(contents.versions)),
+        "progress": schema.Progress(epoch=contents.epoch, step=contents.step, batch=contents.batch),
+        "metrics": {name: schema.to_number(value) for name, value in contents.metrics.items()},
         "learning_rate": learning_rate(lr),
         "model": schema.Model(type=captured.type, order=captured.order, layers=tuple(captured.layers), aliases=aliases),
         "optimizer": described,

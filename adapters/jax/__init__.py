@@ -91,7 +91,8 @@ class JaxAdapter:
         found = trees.entries(model, "model")
         random = {name: entry for name, entry in found.items() if trees.is_random(entry)}
         others = {name: entry for name, entry in found.items() if name not in random}
-        comparisons = [trees.compare(others, arrays.stored_leaves(stored.weights, stored.native, "weights"), "weights")]
+        native = arrays.NOTHING_BESIDE if stored.native is None else stored.native
+        comparisons = [trees.compare(others, arrays.stored_leaves(stored.weights, native, "weights"), "weights")]
         # An abstract random state has nothing to go on with.
         if rng or any(isinstance(entry.value, jax.ShapeDtypeStruct) for entry in random.values()):
             comparisons.append(trees.compare(random, trees.from_tree(stored.rng, "rng"), "rng"))

@@ -227,6 +227,10 @@ def placed(host: np.ndarray, where: jax.sharding.Sharding | None, *, impl: str |
     return result
 
 
+NOTHING_BESIDE: Mapping[str, Any] = {"values": {}, "weak": [], "keys": {}}
+"""The native residue of a pytree of arrays alone."""
+
+
 def stored_leaves(tensors: Mapping[str, StoredTensor], native: Any, where: str) -> dict[str, Stored]:
     """What is stored of a tree by name, from its tensors and what `trees.capture` put into `native`."""
     try:

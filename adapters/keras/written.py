@@ -52,7 +52,7 @@ def begin(
     if "://" in path:  # what another file system can do in one step is its own affair
         save(path, overwrite=True)
         return lambda: None
-    replacement = local.FileReplacement(local.absolute(path))
+    replacement = local.Replacement(local.absolute(path))
     try:
         save(str(replacement.path), overwrite=True)
         _annotate(replacement.path, _encoded(note))

@@ -58,7 +58,7 @@ class NumpyAdapter:
         return OptimizerCapture(type=type_name(optimizer), family="custom", slots={_SLOTS: slots}, native=native)
 
     def prepare_model(self, model: Any, stored: StoredModel, *, rng: bool) -> Restore:
-        return _prepare_tree(model, stored.weights, stored.native, "weights")
+        return _prepare_tree(model, stored.weights, {} if stored.native is None else stored.native, "weights")
 
     def parameters(self, model: Any) -> Sequence[tuple[str, Any]]:
         return []

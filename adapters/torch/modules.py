@@ -72,11 +72,15 @@ def parameters(model: Any) -> list[tuple[str, Any]]:
     return [(name, entry.value) for name, entry in entries(model).items() if _is_tensor(entry)]
 
 
+_NOTHING_BESIDE: Mapping[str, Any] = {"others": {}}
+
+
 def prepare(model: Any, stored: StoredModel, section: str) -> Restore:
     """Compare a model with a stored one; `apply` copies every entry that fits into the live tensors."""
     live = entries(model)
-    others: Mapping[str, Any] = stored.native["others"]
-    versions = {str(key): int(version) for key, version in stored.native.get("versions", {}).items()}
+    native = _NOTHING_BESIDE if stored.native is None else stored.native
+    others: Mapping[str, Any] = native["others"]
+    versions = {str(key): int(version) for key, version in native.get("versions", {}).items()}
     values = {name: residue.live(value) for name, value in others.items()}
     problems = list(_problems(live, stored.weights, others, section))
     unfit = {problem.name for problem in problems}

@@ -98,14 +98,14 @@ def replacing(target: Path, *, overwrite: bool) -> Iterator[Path]:
         unlock(lock)
 
 
-class FileReplacement:
-    """A file at `path`, to be written by anybody, that becomes `target` in one step.
+class Replacement:
+    """A file or directory at `path`, to be written by anybody, that becomes `target` in one step.
 
     `path` has the name of the target, in a temporary directory beside it. Raises StorageError where the system refuses.
     """
 
     def __init__(self, target: Path) -> None:
-        self._target = target
+        self._target, self._discarded = target, False
         try:
             make_directories(target.parent)
             remove_leftovers(target.parent)
@@ -115,18 +115,36 @@ class FileReplacement:
         self.path = self._directory / target.name
 
     def commit(self) -> None:
-        """Make the file durable and put it in place."""
+        """Make it durable and put it in place."""
         try:
-            _sync(self.path)
-            os.replace(self.path, self._target)
+            for directory, _, names in os.walk(self.path):
+                for name in names:
+                    _sync(Path(directory, name))
+                sync_directory(Path(directory))
+            if self.path.is_dir():
+                self._exchange()
+            else:
+                _sync(self.path)
+                os.replace(self.path, self._target)
             sync_directory(self._target.parent)
         except OSError as error:
             raise StorageError(error.errno, f"cannot save to {self._target}: {error.strerror}") from error
         finally:
             self.discard()
 
+    def _exchange(self) -> None:
+        """Put a directory in the place of what stands there, if anything does."""
+        if not self._target.exists():
+            os.rename(self.path, self._target)
+        elif not _exchange(self.path, self._target):
+            os.rename(self._target, self._directory / ".replaced")
+            os.rename(self.path, self._target)
+
     def discard(self) -> None:
-        """Remove what is not in place."""
+        """Remove what is not in place; once more does nothing."""
+        if self._discarded:
+            return
+        self._discarded = True
         shutil.rmtree(self._directory, ignore_errors=True)
         unlock(self._lock)
 

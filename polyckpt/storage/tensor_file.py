@@ -142,7 +142,10 @@ class Entry:
 
 
 class TensorFileReader:
-    """An open tensor file whose size, header and offsets have been checked; no tensor byte has been read yet."""
+    """An open tensor file whose size, header and offsets have been checked; no tensor byte has been read yet.
+
+    entries: the tensors by key. metadata: the texts that whoever wrote it put beside them.
+    """
 
     def __init__(self, directory: Path, name: str, stated: TensorFile | None = None) -> None:
         """Open `name` in `directory`; where given, size and header must be as `stated` in the manifest.
@@ -204,7 +207,8 @@ class TensorFileReader:
             raise CorruptError(f"{self.path}: its header is not that of a tensor file: {error}") from error
         if not isinstance(raw, dict) or not all(isinstance(fields, dict) for fields in raw.values()):
             raise CorruptError(f"{self.path}: its header is not that of a tensor file: not an object of objects")
-        raw.pop(_METADATA, None)
+        stated = raw.pop(_METADATA, {})
+        self.metadata = {key: text for key, text in stated.items() if isinstance(text, str)}
         entries = {key: self._entry(key, fields, len(header)) for key, fields in raw.items()}
         position = len(header)
         for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):

@@ -1,0 +1,126 @@
+"""Any checkpoint, opened: our own, or one in a format of others, as the same lazy object."""
+
+from __future__ import annotations
+
+import datetime
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from polyckpt import schema, snapshot
+from polyckpt.checkpoint import Checkpoint, StoredTensor
+from polyckpt.checksums import checksum
+from polyckpt.dtypes import lookup
+from polyckpt.errors import CorruptError, NotACheckpointError, UnsupportedError
+from polyckpt.formats import table
+from polyckpt.formats.described import Like
+from polyckpt.leaves import Leaf
+from polyckpt.manifest import FILE_NAME
+from polyckpt.snapshot import Contents, Snapshot
+from polyckpt.storage import local
+
+
+class ReadTensor(StoredTensor):
+    """A tensor of a file of another format, read when it is asked for. Such files have no checksums of ours."""
+
+    def __init__(self, path: Path, name: str, leaf: Leaf) -> None:
+        self.name, self.dtype, self.shape = name, leaf.dtype, leaf.shape
+        self._path, self._leaf = path, leaf
+
+    @property
+    def checksums(self) -> tuple[str, ...]:
+        return (checksum(self.raw().data),)
+
+    def verify(self) -> None:
+        """Nothing was noted when the file was written that its bytes could be compared with."""
+
+    def raw(self) -> np.ndarray:
+        array = np.asarray(self._leaf.read())
+        expected = math.prod(self.shape) * lookup(self.dtype, self.name).itemsize
+        if array.nbytes != expected:
+            raise CorruptError(f"{self._path}: {self.name}: {self} is {expected} bytes, the file has {array.nbytes}")
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        return data if data.flags.writeable else data.copy()
+
+
+class Captured(Checkpoint):
+    """A checkpoint that is not written yet. path: where what it holds came from."""
+
+    def __init__(self, path: Path, made: Snapshot, *, verify: bool = True) -> None:
+        self.path, self.verifies, self.unknown = path, verify, {}
+        self.snapshot = made
+        tensors = {
+            section: {name: schema.Tensor(dtype=leaf.dtype, shape=leaf.shape, chunks=()) for name, leaf in leaves.items()}
+            for section, leaves in made.sections.leaves.items()
+        }
+        saved = datetime.datetime.fromtimestamp(path.stat().st_mtime if path.exists() else 0, datetime.UTC)
+        self.manifest = schema.Manifest(
+            **made.draft, saved_at_utc=saved.isoformat(timespec="seconds"), files={}, tensors=tensors
+        )
+
+    def verify(self) -> None:
+        """Read every tensor. Raises CorruptError for the first that cannot be read."""
+        for section in (self.weights, self.optimizer, self.state):
+            for tensor in section.stored.values():
+                tensor.raw()
+
+    def _section(self, section: str) -> dict[str, StoredTensor]:
+        leaves = self.snapshot.sections.leaves[section]
+        return {name: ReadTensor(self.path, name, leaf) for name, leaf in leaves.items()}
+
+
+class Foreign(Captured):
+    """A checkpoint in a format of others. format: its name. left_out: what of it is not read, one line each."""
+
+    def __init__(self, path: Path, format: str, contents: Contents, *, verify: bool) -> None:
+        super().__init__(path, snapshot.compose(contents), verify=verify)
+        self.format, self.left_out = format, tuple(contents.left_out)
+
+
+def open_(
+    path: str | os.PathLike[str],
+    *,
+    verify: bool = True,
+    like: Callable[[], Like | None] = lambda: None,
+    format: str | None = None,
+) -> Checkpoint:
+    """The checkpoint at `path`, in whatever format it is. like: makes what its tensors may have the names of.
+
+    Raises NotACheckpointError, CorruptError, VersionError, StorageError; UnsupportedError for what a file holds and nobody
+    may read; AdapterError, naming what to install; MismatchError where a `like` that is required does not fit.
+    """
+    wanted = local.absolute(path)
+    if format is None:
+        try:
+            return Checkpoint(wanted, verify=verify)
+        except NotACheckpointError as error:
+            if not _exists(wanted):
+                raise
+            refusal = error
+        try:
+            chosen = table.of(wanted)
+        except NotACheckpointError as error:
+            # Of a directory that holds checkpoints of ours, the first refusal names them.
+            raise (refusal if wanted.is_dir() and FILE_NAME in str(refusal) and _holds_ours(wanted) else error) from None
+    else:
+        chosen = table.named(format)
+    asked = like()
+    if asked is not None and chosen.adapter not in ("", asked.adapter):
+        if asked.required:
+            raise UnsupportedError(
+                f"{wanted}: {chosen.title} holds what {chosen.adapter} writes; `like` is a model of {asked.adapter}"
+            )
+        asked = None
+    return Foreign(wanted, chosen.name, chosen.read(wanted, asked), verify=verify)
+
+
+def _exists(path: Path) -> bool:
+    # A TensorFlow checkpoint is named by what its files begin with.
+    return path.exists() or path.with_name(f"{path.name}.index").exists()
+
+
+def _holds_ours(path: Path) -> bool:
+    return any((child / FILE_NAME).is_file() for child in path.iterdir())
