@@ -24,6 +24,9 @@ from polyckpt.scalars import Scalar, optional_number
 from polyckpt.sides import Flatten
 from polyckpt.storage import local
 
+OURS = "polyckpt"
+"""What `export` calls the format of checkpoints that `save` writes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Restored:
@@ -260,17 +263,19 @@ def export(
 ) -> Path:
     """Write the checkpoint `path` as `target` in a format of others, which their own loaders read; returns its absolute path.
 
-    to: the name of the format, by default the one that the name of `target` ends like. model, optimizer: live objects to load
-    the checkpoint into first, as `load` does with `options`: needed where it was written by another framework than that of the
-    format, or where the format is written by live objects only (Keras, Equinox). overwrite: whether what is there is replaced.
+    to: the name of the format ("polyckpt" for our own), by default the one that the name of `target` ends like. model,
+    optimizer: live objects to load the checkpoint into first, as `load` does with `options`: needed where it was written by
+    another framework than that of the format, or where the format is written by live objects only (Keras, Equinox).
+    overwrite: whether what is there is replaced.
 
     Raises CheckpointExistsError, UnsupportedError, and as `load` does; after each of them what was on disk is still there.
     """
     wanted = local.absolute(target)
-    chosen = table.by_suffix(wanted) if to is None else table.named(to)
-    if chosen is None:
+    chosen = None if to == OURS else table.by_suffix(wanted) if to is None else table.named(to)
+    if chosen is None and to != OURS:
         raise UnsupportedError(f"{wanted}: its name does not say which format it is to have: pass to= (--to)")
-    writing.check(wanted, chosen, overwrite=overwrite)
+    if chosen is not None:
+        writing.check(wanted, chosen, overwrite=overwrite)
     if model is None:
         checkpoint = _open(path, True, options.pop("like", None), options.pop("format", None))
         if options:
@@ -280,6 +285,11 @@ def export(
         restored = load(path, model, optimizer, **options)
         assert restored.checkpoint is not None
         source = writing.Source(_captured(restored), restored.model, restored.optimizer)
+    if chosen is None:
+        if not isinstance(source.checkpoint, opened.Captured):
+            raise UnsupportedError(f"{path}: is a checkpoint of polyckpt already: copy it, or pass a model to convert it into")
+        source.checkpoint.snapshot.write(wanted, overwrite=overwrite)
+        return wanted
     if chosen.adapter not in ("", source.checkpoint.manifest.producer.adapter):
         raise UnsupportedError(
             f"{chosen.title}: holds what {chosen.adapter} writes, and {path} was written by "
@@ -296,10 +306,13 @@ def _differ_in_type_only(problems: Sequence[Problem]) -> bool:
 def _captured(restored: Restored) -> Checkpoint:
     """The live objects into which a checkpoint was loaded, as a checkpoint again."""
     assert restored.checkpoint is not None
-    optimizer = NO_OPTIMIZER if restored.optimizer is None else restored.optimizer
+    optimizer = restored.optimizer
+    if optimizer is None and restored.checkpoint.manifest.optimizer is None:
+        optimizer = NO_OPTIMIZER
     captured = snapshot.capture(
         restored.model,
         optimizer,
+        extra=restored.extra,
         epoch=restored.epoch,
         step=restored.step,
         batch=restored.batch,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
@@ -38,7 +38,25 @@ class Entry:
 
 def plan_between(one: Checkpoint, other: Checkpoint, rules: Mapping[str, str] | None = None) -> Plan:
     """How the weights of one would become those of the other; the arguments are those of `polyckpt.plan`."""
-    return plans.make(side_of(one), side_of(other), rules=rules)
+    sides = [side_of(one), side_of(other)]
+    if rules or not _are_named_alike(one, other):
+        return plans.make(*sides, rules=rules)
+    for index, each in enumerate((one, other)):
+        if not each.manifest.model.layers:
+            # What has the names of the other is what the other says.
+            told = sides[1 - index]
+            sides[index] = replace(sides[index], units=told.units, order=told.order, aliases=told.aliases)
+    plan = plans.make(*sides, pairs=[(unit.path, unit.path, None) for unit in sides[1].units])
+    return replace(plan, pairs=tuple(replace(pair, evidence="names and shapes") for pair in plan.pairs))
+
+
+def _are_named_alike(one: Checkpoint, other: Checkpoint) -> bool:
+    """Whether two hold tensors of the same names and shapes, and these mean the same: one adapter wrote both, or one says not."""
+    adapters = {each.manifest.producer.adapter for each in (one, other)}
+    if len(adapters) > 1 and all(each.manifest.model.layers for each in (one, other)):
+        return False
+    shapes = [{name: tensor.shape for name, tensor in each.weights.stored.items()} for each in (one, other)]
+    return shapes[0] == shapes[1]
 
 
 def compare(one: Checkpoint, other: Checkpoint, rules: Mapping[str, str] | None = None) -> Iterator[Entry]:
@@ -50,7 +68,7 @@ def compare(one: Checkpoint, other: Checkpoint, rules: Mapping[str, str] | None 
     """
     yield from _of_run(one, other)
     same = one.manifest.producer.adapter == other.manifest.producer.adapter
-    if same and not rules:
+    if not rules and (same or _are_named_alike(one, other)):
         yield from _by_name("weights", one.weights.stored, other.weights.stored)
     else:
         yield from _by_plan(one, other, rules)

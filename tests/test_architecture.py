@@ -61,9 +61,10 @@ LAYERS = [
     ["formats.npz", "formats.safetensors"],
     ["api"],
     ["manager"],
-    ["cli.screen", "cli.pictures"],
+    ["cli.screen", "cli.pictures", "cli.factories"],
     ["cli.runs"],
     ["cli.commands"],
+    ["cli.convert"],
     ["cli"],
 ]
 """The core from the bottom up; a module imports at run time only what stands below it, or beside it in `storage`."""

@@ -11,6 +11,7 @@ from typing import Any
 def main() -> None:
     """Run the command line; it needs the extra "cli"."""
     try:
+        from polyckpt.cli import convert  # noqa: F401, which adds its command
         from polyckpt.cli.commands import app
     except ImportError as error:
         if error.name not in ("typer", "rich", "click"):

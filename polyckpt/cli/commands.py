@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import enum
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,15 +12,17 @@ import msgspec
 import typer
 
 from polyckpt import differences, schema
-from polyckpt.checkpoint import Checkpoint, StoredTensor, verify_all
-from polyckpt.cli import pictures, runs, screen
+from polyckpt.checkpoint import StoredTensor, verify_all
+from polyckpt.cli import factories, pictures, runs, screen
 from polyckpt.dtypes import lookup
 from polyckpt.errors import CheckpointError, PlanError, PolicyError
+from polyckpt.formats import table
+from polyckpt.formats.opened import Foreign, open_
 from polyckpt.policy import value_of
 from polyckpt.slots import numbers
 
 app = typer.Typer(
-    help="Checkpoints of PyTorch, Keras and JAX on disk: list, show, verify, compare, plot and prune them.",
+    help="Checkpoints of PyTorch, Keras and JAX on disk: list, show, verify, compare, convert, plot and prune them.",
     epilog="Exit codes: 0 for yes, 1 for no (damaged, different), 2 where it could not be told.",
     no_args_is_help=True,
     rich_markup_mode="rich",
@@ -41,6 +44,15 @@ Monitor = Annotated[
 ModeOption = Annotated[Mode, typer.Option("--mode", help="Whether less or more of it is better; auto goes by its name.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Rules = Annotated[list[str] | None, typer.Option("--rule", help="A pair of paths as FROM=TO; may be repeated.")]
+RuleFile = Annotated[Path | None, typer.Option("--rules", metavar="FILE", help='JSON of such pairs: {"FROM": "TO"}.')]
+LikeOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--like",
+        metavar="MODULE:FUNCTION",
+        help="A function that makes a model with the names of a file, which tells what its layers are; may be repeated.",
+    ),
+]
 
 
 def _version(asked: bool) -> None:
@@ -109,12 +121,12 @@ def best(run: RunPath, monitor: Monitor = None, mode: ModeOption = Mode.auto) ->
 
 
 @app.command()
-def show(checkpoint: CheckpointPath, json: AsJson = False) -> None:
-    """Show what a checkpoint holds: run, layers, parameters, optimizer.
+def show(checkpoint: CheckpointPath, like: LikeOption = None, json: AsJson = False) -> None:
+    """Show what a checkpoint holds, in whatever format it is: run, layers, parameters, optimizer.
 
     Example: polyckpt show runs/digits/last
     """
-    opened = Checkpoint(checkpoint)
+    opened = factories.opened(checkpoint, _made(like))
     manifest = opened.manifest
     if json:
         told = msgspec.to_builtins(manifest)
@@ -129,7 +141,11 @@ def show(checkpoint: CheckpointPath, json: AsJson = False) -> None:
         **{name: screen.number(schema.from_number(value)) for name, value in manifest.metrics.items()},
         "size": screen.size(screen.bytes_of(opened.path)),
     }
-    screen.print_table(out, str(opened.path), ["", ""], facts.items())
+    left_out: Sequence[str] = ()
+    if isinstance(opened, Foreign):
+        facts = {"format": table.named(opened.format).title, **facts}
+        left_out = opened.left_out
+    screen.print_table(out, str(opened.path), ["", ""], [*facts.items(), *(("not read", each) for each in left_out)])
     axes = {role.tensor: role.axes for layer in manifest.model.layers for role in layer.roles.values()}
     kinds = {role.tensor: layer.kind for layer in manifest.model.layers for role in layer.roles.values()}
     weights = opened.weights.stored
@@ -197,7 +213,11 @@ def verify(
 
 
 def _verified(path: Path) -> str:
-    opened = Checkpoint(path)
+    opened = open_(path)
+    if isinstance(opened, Foreign):
+        opened.verify()
+        count = sum(map(len, (opened.weights, opened.optimizer, opened.state)))
+        return f"({count} tensors can be read; the format has no checksums of ours)"
     sections = opened.weights, opened.optimizer, opened.state
     tensors = {id(tensor): tensor for section in sections for tensor in section.stored.values()}
     total = sum(map(_bytes, tensors.values()))
@@ -212,6 +232,8 @@ def diff(
     one: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint.")],
     other: Annotated[Path, typer.Argument(metavar="B", help="Another, of any framework.")],
     rule: Rules = None,
+    rules: RuleFile = None,
+    like: LikeOption = None,
     weights: Annotated[bool, typer.Option("--weights", help="Compare weights alone.")] = False,
     every: Annotated[bool, typer.Option("--all", help="Show what is equal too.")] = False,
     json: AsJson = False,
@@ -220,7 +242,9 @@ def diff(
 
     Exits with 1 where anything differs. Example: polyckpt diff runs/digits/best runs/digits/last
     """
-    entries = list(differences.compare(Checkpoint(one), Checkpoint(other), _pairs(rule)))
+    made = _made(like)
+    pair = factories.opened(one, made), factories.opened(other, made)
+    entries = list(differences.compare(*pair, demanded(rule, rules)))
     entries = [each for each in entries if each.section == "weights" or not weights]
     different = [each for each in entries if each.differs]
     shown = entries if every else different
@@ -245,8 +269,18 @@ def _entry_as_json(entry: differences.Entry) -> dict[str, Any]:
     return {**told, "largest": None if entry.largest is None else msgspec.to_builtins(schema.to_number(entry.largest))}
 
 
-def _pairs(rules: list[str] | None) -> dict[str, str]:
-    pairs = {}
+def _made(like: list[str] | None) -> list[factories.Made]:
+    return [factories.made(name) for name in like or ()]
+
+
+def demanded(rules: list[str] | None, file: Path | None) -> dict[str, str]:
+    """The rules of a file and those on the command line, which prevail. Raises PlanError for what are none."""
+    pairs: dict[str, str] = {}
+    if file is not None:
+        try:
+            pairs |= msgspec.json.decode(file.read_bytes(), type=dict[str, str])
+        except (OSError, msgspec.MsgspecError, UnicodeDecodeError) as error:
+            raise PlanError(f"--rules {file}: not an object of JSON whose values are texts: {error}") from error
     for rule in rules or ():
         source, separator, target = rule.partition("=")
         if not separator:
@@ -260,12 +294,16 @@ def plan(
     one: Annotated[Path, typer.Argument(metavar="A", help="A checkpoint.")],
     other: Annotated[Path, typer.Argument(metavar="B", help="One of another framework, or of other names.")],
     rule: Rules = None,
+    rules: RuleFile = None,
+    like: LikeOption = None,
 ) -> None:
     """Show how the weights of A would become those of B. Exits with 1 where that cannot be told.
 
     Example: polyckpt plan runs/torch/last runs/keras/last
     """
-    made = differences.plan_between(Checkpoint(one), Checkpoint(other), _pairs(rule))
+    models = _made(like)
+    pair = factories.opened(one, models), factories.opened(other, models)
+    made = differences.plan_between(*pair, demanded(rule, rules))
     rows = made.rows()
     out = screen.console()
     columns = ["B", "A", "how", "exactness", "evidence"]

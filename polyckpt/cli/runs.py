@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from pathlib import Path
 
+from msgspec import structs
+
 from polyckpt import manifest, schema
 from polyckpt.cli import screen
-from polyckpt.errors import CheckpointError, NotACheckpointError, PolicyError, RunError
+from polyckpt.errors import CheckpointError, CorruptError, NotACheckpointError, PolicyError, PolyckptError, RunError
+from polyckpt.formats import table
+from polyckpt.formats.opened import open_
 from polyckpt.history import History
 from polyckpt.policy import Record
 from polyckpt.rules import Rules
@@ -48,9 +52,36 @@ def opened(path: Path, monitor: str | None, mode: str, keep_last: int | None = N
         early_stopping=None,
     )
     found = read(RunDirectory(directory), History(directory), rules, 0)
-    if not (found.checkpoints or found.others or found.damaged):
+    if not found.checkpoints:
+        # Of no manager of ours: whatever checkpoints lie there are the run.
+        there, unreadable = _lying_there(directory)
+        found = Run(rules=rules, started=0, records=there, checkpoints=tuple(there), damaged={**found.damaged, **unreadable})
+    if not (found.checkpoints or found.damaged):
         raise NotACheckpointError(f"{directory}: no checkpoint in it")
     return found
+
+
+def _lying_there(directory: Path) -> tuple[list[Record], dict[str, CorruptError]]:
+    """The checkpoints in a directory, of any format, in the order of training, and the errors of those that cannot be read."""
+    records, unreadable = [], {}
+    for child in sorted(directory.iterdir()):
+        if child.is_symlink() or not is_checkpoint(child):
+            continue
+        try:
+            told = open_(child).manifest
+        except (PolyckptError, OSError) as error:
+            unreadable[child.name] = CorruptError(str(error))
+            continue
+        metrics = {name: float(schema.from_number(value)) for name, value in told.metrics.items()}
+        time = int(datetime.fromisoformat(told.saved_at_utc).timestamp())
+        records.append(Record(sequence=1, time=time, metrics=metrics, name=child.name, **structs.asdict(told.progress)))
+    records.sort(key=lambda each: (each.step or 0, each.epoch or 0, each.time, str(each.name)))
+    return [replace(record, sequence=place) for place, record in enumerate(records, 1)], unreadable
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a path is a checkpoint of ours, or in a format of others."""
+    return (path / manifest.FILE_NAME).is_file() or bool(table.candidates(path))
 
 
 def best(path: Path, monitor: str | None, mode: str) -> Path:
@@ -111,7 +142,7 @@ def checkpoints(paths: Sequence[Path]) -> list[Path]:
     found = []
     for path in paths:
         directory = local.absolute(path)
-        if not directory.is_dir() or (directory / manifest.FILE_NAME).is_file():
+        if not directory.is_dir() or is_checkpoint(directory):
             found.append(directory)
             continue
         inside = sorted({each.path.resolve() for each in listed(path, None, "auto")})
@@ -127,6 +158,8 @@ def prune(
     Raises LockedError where a training run writes to the directory.
     """
     run, directory = opened(path, monitor, mode, keep_last, keep_best), local.absolute(path)
+    if run.id is None:
+        raise RunError(f"{directory}: no CheckpointManager wrote what lies there, so nothing of it is deleted")
     kept = run.rules.retained(run.checkpoints)
     marked = best_of(run, path, monitor)
     files, history = RunDirectory(directory), History(directory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import sys
 import time
@@ -12,7 +13,15 @@ from typing import Any
 import msgspec
 from rich import box
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -44,6 +53,15 @@ def progress() -> Progress:
     errors = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     return Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
+
+
+def spinner(what: str) -> Progress:
+    """What is being done, and for how long, on the terminal; nothing where there is none."""
+    errors = Console(stderr=True)
+    columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
+    shown = Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
+    shown.add_task(what, total=None)
+    return shown
 
 
 def as_json(value: Any) -> str:
@@ -83,7 +101,9 @@ def number(value: float | None) -> str:
     return "" if value is None else f"{value:.6g}"
 
 
-def bytes_of(directory: Path) -> int:
-    """The bytes of all files in a directory."""
-    with os.scandir(directory) as entries:
-        return sum(entry.stat(follow_symlinks=False).st_size for entry in entries if entry.is_file(follow_symlinks=False))
+def bytes_of(path: Path) -> int:
+    """The bytes of a file, or of all files in a directory."""
+    files = [Path(where, name) for where, _, names in os.walk(path) for name in names] or [path]
+    if not path.exists():  # what the names of several files begin with
+        files = list(path.parent.glob(f"{glob.escape(path.name)}.*"))
+    return sum(file.lstat().st_size for file in files if file.is_file() and not file.is_symlink())

@@ -75,15 +75,20 @@ def named(name: str) -> Format:
     return formats()[name]
 
 
+def candidates(path: Path) -> list[Format]:
+    """Every format that the content of `path` is in. Raises StorageError."""
+    try:
+        return [each for _, each in sorted(formats().items()) if each.recognises(path)]
+    except OSError as error:
+        raise StorageError(error.errno, f"cannot read {path}: {error.strerror}") from error
+
+
 def of(path: Path) -> Format:
     """The format that the content of `path` is in.
 
     Raises NotACheckpointError for none of them, or for a directory that is in several; StorageError.
     """
-    try:
-        found = [each for _, each in sorted(formats().items()) if each.recognises(path)]
-    except OSError as error:
-        raise StorageError(error.errno, f"cannot read {path}: {error.strerror}") from error
+    found = candidates(path)
     if len(found) == 1:
         return found[0]
     if found:
