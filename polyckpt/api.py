@@ -72,6 +72,7 @@ def save(
     apply: Callable[..., Any] | None = None,
     tx: Any = None,
     overwrite: bool = False,
+    store: str | None = None,
 ) -> Path:
     """Save a training run as the directory `path`, whole or not at all; returns its absolute path.
 
@@ -83,7 +84,9 @@ def save(
     probe: a small batch (an array, or a tuple of the arguments of the model), stored with what the model makes of it: what
     proves a conversion into another framework right. apply: how a model that is no function is called, as apply(model, batch).
     tx: the optax transformation that a bare optimizer state is of, which says what the state is; a TrainState or nnx.Optimizer
-    has it. overwrite: whether a checkpoint that is there already is replaced; the old one stays until the new one is whole.
+    has it. store: "orbax" to have orbax-checkpoint write weights and slots, sharded arrays shard by shard, into the directory
+    `arrays`, which Orbax restores by itself too. overwrite: whether a checkpoint that is there already is replaced; the old one
+    stays until the new one is whole.
 
     The random states of Python, NumPy and the framework are saved too. Training goes on as if nothing had been saved.
 
@@ -110,7 +113,7 @@ def save(
         apply=apply,
         tx=tx,
     )
-    captured.write(target, overwrite=overwrite)
+    captured.write(target, overwrite=overwrite, store=store)
     return target
 
 

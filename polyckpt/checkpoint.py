@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,9 +18,12 @@ from polyckpt import manifest as manifest_file
 from polyckpt.checksums import BLOCK_BYTES, Hasher
 from polyckpt.dtypes import lookup
 from polyckpt.errors import CheckpointError, CorruptError, StorageError
-from polyckpt.schema import Chunk, Manifest, Tensor, TensorFile
+from polyckpt.schema import ArrayDirectory, Chunk, Manifest, Tensor, TensorFile
 from polyckpt.storage import local
 from polyckpt.storage.tensor_file import TensorFileReader
+
+if TYPE_CHECKING:
+    from polyckpt.storage.array_directory import ArrayDirectoryReader
 
 _ATTEMPTS = 20
 _SMALL_ELEMENTS = 1 << 14
@@ -112,17 +115,28 @@ class _Files:
     def __init__(self, path: Path, verifies: bool) -> None:
         self.path = path
         self.verifies = verifies
-        self._readers: dict[str, TensorFileReader] = {}
+        self._readers: dict[str, TensorFileReader | ArrayDirectoryReader] = {}
         if (lock := local.lock_to_read(path)) is not None:
             weakref.finalize(self, _release, lock, os.getpid()).atexit = False
 
-    def open(self, stated: Mapping[str, TensorFile]) -> None:
-        """Open every file, each of which must be as the manifest states."""
-        self._readers = {name: TensorFileReader(self.path, name, entry) for name, entry in stated.items()}
+    def open(self, files: Mapping[str, TensorFile], arrays: Mapping[str, ArrayDirectory]) -> None:
+        """Open every file and array directory, each of which must be as the manifest states."""
+        self._readers = {name: TensorFileReader(self.path, name, entry) for name, entry in files.items()}
+        for name, directory in arrays.items():
+            # Imported here, since it needs a package that most have no use for.
+            from polyckpt.storage.array_directory import ArrayDirectoryReader
 
-    def reader(self, name: str) -> TensorFileReader:
-        """The file `name`."""
+            self._readers[name] = ArrayDirectoryReader(self.path, name, directory)
+
+    def reader(self, name: str) -> TensorFileReader | ArrayDirectoryReader:
+        """The file or array directory `name`."""
         return self._readers[name]
+
+    def verify_directories(self) -> None:
+        """Compare the files of array directories with their checksums. Raises CorruptError for the first that changed."""
+        for reader in self._readers.values():
+            if not isinstance(reader, TensorFileReader):
+                reader.verify()
 
 
 class Section(Mapping[str, np.ndarray]):
@@ -179,7 +193,7 @@ class Checkpoint:
         decoded = manifest_file.decode(_read(manifest_path), str(manifest_path))
         self.manifest: Manifest = decoded.manifest
         self.unknown: dict[str, Any] = decoded.unknown
-        self._files.open(self.manifest.files)
+        self._files.open(self.manifest.files, self.manifest.arrays)
 
     @cached_property
     def weights(self) -> Section:
@@ -198,8 +212,9 @@ class Checkpoint:
         return Section(self._section("state"))
 
     def verify(self) -> None:
-        """Verify every tensor. Raises CorruptError for the first whose bytes changed."""
+        """Verify every tensor, and every file of another library. Raises CorruptError for the first whose bytes changed."""
         verify_all([*self.weights.stored.values(), *self.optimizer.stored.values(), *self.state.stored.values()])
+        self._files.verify_directories()
 
     def _section(self, section: str) -> dict[str, StoredTensor]:
         tensors = self.manifest.tensors.get(section, {})

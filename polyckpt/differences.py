@@ -51,7 +51,7 @@ def plan_between(one: Checkpoint, other: Checkpoint, rules: Mapping[str, str] | 
 
 
 def _are_named_alike(one: Checkpoint, other: Checkpoint) -> bool:
-    """Whether two hold tensors of the same names and shapes, and these mean the same: one adapter wrote both, or one says not."""
+    """Whether two hold tensors of the same names and shapes, which mean the same: of one adapter, or one does not say whose."""
     adapters = {each.manifest.producer.adapter for each in (one, other)}
     if len(adapters) > 1 and all(each.manifest.model.layers for each in (one, other)):
         return False

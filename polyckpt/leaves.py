@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -18,7 +19,8 @@ class Leaf:
     any element type that holds them bit for bit; called once, when the tensor's turn to be written has come, so that a
     device tensor is never copied before. identity: equal for tensors that share memory and are to be stored once and
     re-tied; None for one that shares with nobody. kind: who rebuilds it where it stands in native residue ("numpy",
-    "torch", ...). frozen: whether nobody will ever change what `read` returns.
+    "torch", ...). frozen: whether nobody will ever change what `read` returns. live: the tensor itself, for a store of its own
+    framework, which may write it shard by shard; None where `read` alone gives it.
     """
 
     dtype: str
@@ -27,6 +29,7 @@ class Leaf:
     identity: Hashable | None = None
     kind: str = "numpy"
     frozen: bool = False
+    live: Any = None
 
 
 def array_leaf(array: np.ndarray, kind: str = "numpy") -> Leaf:

@@ -77,6 +77,7 @@ class CheckpointManager:
         early_stopping: EarlyStopping | None = None,
         missing: Literal["error", "warn"] = "error",
         async_save: bool = False,
+        store: str | None = None,
         preemption: bool | Iterable[signal.Signals] = False,
     ) -> None:
         """Nothing is read or written yet.
@@ -86,8 +87,8 @@ class CheckpointManager:
         monitor. keep_last: how many of the newest, None for all. keep: further policies, such as BestBy("val_acc", keep=2) or
         KeepEvery(epochs=10); a checkpoint stays that any one of them keeps. every: which calls of `save` save; by default
         all. patience, min_delta: short for early_stopping=EarlyStopping(patience, min_delta). missing: what a call does whose
-        metrics lack one that is decided by. async_save: write in the background. preemption: True to save and exit where
-        SIGTERM arrives, or the signals to do so.
+        metrics lack one that is decided by. async_save: write in the background. store: as in polyckpt.save. preemption: True
+        to save and exit where SIGTERM arrives, or the signals to do so.
 
         Raises PolicyError for what decides nothing, RunError for preemption outside the main thread.
         """
@@ -109,6 +110,7 @@ class CheckpointManager:
             logger.info("%s: %s of it is better, by its name", best.metric, "less" if best.mode == "min" else "more")
         self._missing = missing
         self._async = async_save
+        self._store = store
         self._staging = Staging()
         self._background = Background(f"polyckpt {self.directory.name}")
         self._files = RunDirectory(self.directory)
@@ -466,7 +468,7 @@ class CheckpointManager:
         assert self._run.id is not None and record.name is not None
         run = schema.Run(id=self._run.id, sequence=record.sequence)
         path = self.directory / record.name
-        captured.write(path, time=record.time, run=run, before_commit=self._history.sync)
+        captured.write(path, time=record.time, run=run, before_commit=self._history.sync, store=self._store)
         self._run.checkpoints = (*self._run.checkpoints, record)
         self._writing = None
         logger.info("saved %s", path)

@@ -25,6 +25,8 @@ MAX_NATIVE_DEPTH = 4 * residue.MAX_DEPTH
 VERSION = f"{FORMAT_MAJOR}.{FORMAT_MINOR}"
 
 _SEAL = re.compile(rb',\n  "checksum": "' + PREFIX.encode() + rb'[0-9a-f]{32}"\n}\n\Z')
+_FILE_NAME = re.compile(r"(?!\.\.?$)[A-Za-z0-9._-]{1,255}")
+_ARRAYS_NAME = re.compile(r"[A-Za-z0-9_-]{1,200}\Z")
 _TENSOR_FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}\.safetensors\Z")
 
 
@@ -137,6 +139,12 @@ def _check_seal(data: bytes, source: str) -> None:
 
 def _problems(manifest: Manifest) -> Iterator[str]:
     """Every contradiction within a manifest, one line each."""
+    for name, arrays in manifest.arrays.items():
+        if not _ARRAYS_NAME.match(name):
+            yield f"arrays: {name!r} is not a plain name of a directory inside the checkpoint"
+        for path in arrays.files:
+            if not all(map(_FILE_NAME.fullmatch, path.split("/"))):
+                yield f"arrays: {name}: {path!r} is not a path inside that directory"
     for name in manifest.files:
         if not _TENSOR_FILE_NAME.match(name):
             yield f"files: {name!r} is not a plain name of a .safetensors file inside the checkpoint"
@@ -174,7 +182,7 @@ def _chunk_problems(tensor: Tensor, manifest: Manifest) -> Iterator[str]:
         yield problem
         return
     for chunk in tensor.chunks:
-        if chunk.file not in manifest.files:
+        if chunk.file not in manifest.files and chunk.file not in manifest.arrays:
             yield f"lies in {chunk.file!r}, which is not among the files"
         if not len(chunk.offset) == len(chunk.shape) == len(tensor.shape) or any(
             offset < 0 or size < 0 or offset + size > whole

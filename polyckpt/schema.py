@@ -27,7 +27,10 @@ Hyperparameter = bool | Number | str | None | tuple[Number, ...]
 
 
 class Chunk(msgspec.Struct, frozen=True, kw_only=True):
-    """A box of a tensor and where its bytes lie: the tensor `key` of the tensor file `file`, row-major."""
+    """A box of a tensor and where it lies: the tensor `key` of the tensor file or array directory `file`.
+
+    checksum: of its bytes, row-major.
+    """
 
     file: str
     key: str
@@ -49,6 +52,20 @@ class TensorFile(msgspec.Struct, frozen=True, kw_only=True):
 
     size_bytes: Count
     header_checksum: str
+
+
+class StoredFile(msgspec.Struct, frozen=True, kw_only=True):
+    """One file of an array directory."""
+
+    size_bytes: Count
+    checksum: str
+
+
+class ArrayDirectory(msgspec.Struct, frozen=True, kw_only=True):
+    """A directory of the checkpoint in which another library keeps tensors (format 1.2). files: by path within it."""
+
+    kind: Literal["orbax"]
+    files: dict[str, StoredFile]
 
 
 class Role(msgspec.Struct, frozen=True, kw_only=True):
@@ -150,6 +167,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     tensors: by section: `weights` (names of the producer), `optimizer` (slots), `state` (all else).
     native: what only the same framework can use, in the tagged JSON of polyckpt.residue.
     assumptions: what a writer had to assume about meaning, one sentence each. run: only where a manager wrote it.
+    arrays: where tensors are not in files of ours (format 1.2).
     """
 
     format: Literal["polyckpt"]
@@ -166,6 +184,7 @@ class Manifest(msgspec.Struct, frozen=True, kw_only=True):
     native: dict[str, Any]
     assumptions: tuple[str, ...] = ()
     run: Run | None = None
+    arrays: dict[str, ArrayDirectory] = {}
 
 
 class Head(msgspec.Struct, frozen=True, kw_only=True):

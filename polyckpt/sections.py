@@ -9,9 +9,9 @@ from typing import Any
 from polyckpt import scalars, schema
 from polyckpt.errors import UnsupportedError
 from polyckpt.leaves import Leaf
-from polyckpt.names import join
+from polyckpt.names import join, split
 from polyckpt.staging import Staging
-from polyckpt.storage import tensor_file
+from polyckpt.storage import array_directory, tensor_file
 
 
 class Sections:
@@ -54,26 +54,47 @@ class Sections:
             section, _, name = key.partition("/")
             self.leaves[section][name] = leaf
 
-    def write(
-        self, directory: Path, metadata: Mapping[str, str]
-    ) -> tuple[dict[str, schema.TensorFile], dict[str, dict[str, schema.Tensor]]]:
-        """Write one tensor file per section that has tensors, weights always; returns the manifest's two tables."""
+    def write(self, directory: Path, metadata: Mapping[str, str], store: str | None = None) -> dict[str, Any]:
+        """Write all tensors; returns the members of the manifest that say where they lie.
+
+        One tensor file per section that has tensors, weights always. store: what writes weights and slots instead, into an
+        array directory.
+        """
+        held = self._given_to(store)
+        arrays = {}
+        if any(held.values()):
+            assert store is not None
+            arrays[array_directory.NAME] = array_directory.write(directory, store, held)
         files: dict[str, schema.TensorFile] = {}
         tensors: dict[str, dict[str, schema.Tensor]] = {}
         for section, leaves in self.leaves.items():
-            tensors[section] = {}
-            if not leaves and section != "weights":
+            tensors[section] = {
+                name: _whole(leaf, array_directory.NAME, join([section, *split(name)]), array_directory.checksum_of(leaf))
+                for name, leaf in held[section].items()
+            }
+            rest = {name: leaf for name, leaf in leaves.items() if name not in held[section]}
+            if not rest and (held[section] or section != "weights"):
                 continue
             file = f"{section}.safetensors"
-            keys = {_key(name, leaves): leaf for name, leaf in leaves.items()}
+            keys = {_key(name, leaves): leaf for name, leaf in rest.items()}
             written = tensor_file.write(directory / file, keys, metadata if section == "weights" else {})
             files[file] = written.entry
-            for (name, leaf), key in zip(leaves.items(), keys, strict=True):
-                chunk = schema.Chunk(
-                    file=file, key=key, offset=(0,) * len(leaf.shape), shape=leaf.shape, checksum=written.checksums[key]
-                )
-                tensors[section][name] = schema.Tensor(dtype=leaf.dtype, shape=leaf.shape, chunks=(chunk,))
-        return files, tensors
+            for (name, leaf), key in zip(rest.items(), keys, strict=True):
+                tensors[section][name] = _whole(leaf, file, key, written.checksums[key])
+        return {"files": files, "tensors": tensors, "arrays": arrays}
+
+    def _given_to(self, store: str | None) -> dict[str, dict[str, Leaf]]:
+        """What a store is given of each section: weights and slots, but what has no elements, which arrays cannot be of."""
+        return {
+            section: {name: leaf for name, leaf in leaves.items() if store and section != "state" and 0 not in leaf.shape}
+            for section, leaves in self.leaves.items()
+        }
+
+
+def _whole(leaf: Leaf, file: str, key: str, checksum: str) -> schema.Tensor:
+    """A tensor in one chunk."""
+    chunk = schema.Chunk(file=file, key=key, offset=(0,) * len(leaf.shape), shape=leaf.shape, checksum=checksum)
+    return schema.Tensor(dtype=leaf.dtype, shape=leaf.shape, chunks=(chunk,))
 
 
 def _key(name: str, taken: Mapping[str, Leaf]) -> str:

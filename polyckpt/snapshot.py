@@ -43,18 +43,18 @@ class Snapshot:
         time: int | None = None,
         run: schema.Run | None = None,
         before_commit: Callable[[], None] = lambda: None,
+        store: str | None = None,
     ) -> None:
         """Write the checkpoint `target`, whole or not at all.
 
+        store: as in polyckpt.save.
         time: that of the save, in seconds since 1970; by default now. before_commit: called when all is written but not yet
         in place. Raises as polyckpt.save does.
         """
         saved_at = datetime.datetime.now(datetime.UTC) if time is None else datetime.datetime.fromtimestamp(time, datetime.UTC)
         with local.replacing(target, overwrite=overwrite) as directory:
-            files, tensors = self.sections.write(directory, self.metadata)
-            finished = schema.Manifest(
-                **self.draft, saved_at_utc=saved_at.isoformat(timespec="seconds"), run=run, files=files, tensors=tensors
-            )
+            where = self.sections.write(directory, self.metadata, store)
+            finished = schema.Manifest(**self.draft, saved_at_utc=saved_at.isoformat(timespec="seconds"), run=run, **where)
             local.write_file(directory / manifest.FILE_NAME, manifest.encode(finished))
             before_commit()
 

@@ -41,4 +41,4 @@ def _held(leaf: Leaf, place: np.ndarray | None) -> Leaf:
     if place is not None:
         np.copyto(place, values.reshape(-1).view(np.uint8))
         values = place
-    return replace(leaf, read=lambda: values, frozen=True)
+    return replace(leaf, read=lambda: values, frozen=True, live=None)  # which may be given up meanwhile

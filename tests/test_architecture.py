@@ -28,7 +28,7 @@ ADAPTER_MAY_IMPORT = {
         "jax",
         "msgspec",
     },  # its file format; its backends, one of which a model is on
-    "jax": {"jax", "jaxlib", "flax", "optax", "equinox", "haiku"},
+    "jax": {"jax", "jaxlib", "flax", "optax", "equinox", "haiku", "orbax"},
 }
 
 CONSUMERS = {"keras/model_checkpoint.py", "keras/written.py", "keras/backup.py", "keras/early_stopping.py"}
@@ -46,6 +46,8 @@ LAYERS = [
     ["plans"],
     ["manifest", "history"],
     ["storage", "storage.tensor_file", "storage.local"],
+    ["storage.zarr_arrays"],
+    ["storage.array_directory"],
     ["storage.run_directory"],
     ["checkpoint", "sections", "run"],
     ["adapter"],

@@ -15,11 +15,12 @@ import pytest
 from polyckpt import history, layers, manifest, names, optimizers, residue, schema
 from polyckpt.checksums import checksum
 from polyckpt.dtypes import DTYPES, MAX_AXES
+from polyckpt.errors import CorruptError
 from polyckpt.leaves import Leaf
 from polyckpt.residue import Constant
 from polyckpt.storage import local, tensor_file
 from polyckpt.storage.tensor_file import TensorFileReader
-from tests.sealing import REPOSITORY, save_small, write_arrays
+from tests.sealing import REPOSITORY, save_small, seal, write_arrays
 
 TEXT = (REPOSITORY / "polyckpt" / "FORMAT.md").read_text()
 
@@ -43,6 +44,7 @@ def test_every_example_is_used() -> None:
         "json file",
         "json manifest",
         "json tensor",
+        "json arrays",
         "text",
         "json checksum",
         "text history",
@@ -95,6 +97,16 @@ def test_the_example_tensor_is_covered() -> None:
     base = manifest.decode(fenced("json manifest").encode(), "m").manifest
     files = {chunk.file: schema.TensorFile(size_bytes=0, header_checksum="") for chunk in tensor.chunks}
     assert list(manifest._chunk_problems(tensor, msgspec.structs.replace(base, files=files))) == []
+
+
+def test_the_example_of_arrays_is_valid() -> None:
+    raw = json.loads(fenced("json manifest")) | {"arrays": json.loads(fenced("json arrays"))}
+    decoded = manifest.decode(seal(raw), "m").manifest
+    assert decoded.arrays["arrays"].files["d/3f2a"].size_bytes == 93
+    for name, path in (("../x", "a"), ("x", "../a"), ("x", "/a"), ("x", "a/./b"), ("x", "")):
+        raw["arrays"] = {name: {"kind": "orbax", "files": {path: {"size_bytes": 0, "checksum": ""}}}}
+        with pytest.raises(CorruptError, match="inside"):
+            manifest.decode(seal(raw), "m")
 
 
 def test_element_types() -> None:

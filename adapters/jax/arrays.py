@@ -76,7 +76,7 @@ def leaf(value: Any, name: str) -> Leaf:
     if (missing := _missing(value)) is not None:
         # Not frozen: a save reads what may change at once, also where it writes in the background.
         return Leaf(dtype, data.shape, lambda: _refuse(f"{name}: {missing}"), identity=id(value), kind=kind)
-    return Leaf(dtype, data.shape, lambda: _host(_data(value)), identity=id(value), kind=kind, frozen=True)
+    return Leaf(dtype, data.shape, lambda: _host(_data(value)), identity=id(value), kind=kind, frozen=True, live=_data(value))
 
 
 def _data(array: Any) -> Any:
