@@ -43,6 +43,9 @@ def convert(
     described = factories.source_of(source, made)
     adapter = described.adapter if described else factories.opened(source).manifest.producer.adapter
     into = factories.target_of(made, table.named(chosen).adapter if chosen != api.OURS else "", adapter)
+    for each in made:
+        if each not in (described, into):
+            factories.refuse(each, source, chosen)
     options: dict[str, Any] = {}
     if into is not None:
         options = {"rules": demanded(rule, rules) or None, "accept": set(accept or ()), "cast": cast}

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from polyckpt import registry
 from polyckpt.checkpoint import Checkpoint
@@ -77,6 +77,15 @@ def source_of(path: Path, like: Sequence[Made]) -> Made | None:
                 continue
             return each
     return None
+
+
+def refuse(unused: Made, path: Path, target: str) -> NoReturn:
+    """Say why a model has no part in a conversion: MismatchError where its names are not those of the file."""
+    open_(path, like=lambda: Like.of(unused.model, unused.optimizer, required=True))
+    raise UnsupportedError(
+        f"--like {unused.name}: a model of {unused.adapter} has no part in this: {path} is read, and {target} is written, "
+        "without it"
+    )
 
 
 def target_of(like: Sequence[Made], adapter: str, source: str) -> Made | None:
