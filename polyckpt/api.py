@@ -19,6 +19,7 @@ from polyckpt.errors import CorruptError, MismatchError, Problem, UnsupportedErr
 from polyckpt.formats import opened, table, writing
 from polyckpt.formats.described import Like
 from polyckpt.names import type_name
+from polyckpt.native import native_of
 from polyckpt.plans import Plan
 from polyckpt.scalars import Scalar, optional_number
 from polyckpt.sides import Flatten
@@ -176,7 +177,7 @@ def load(
         apply=apply,
         continuation=continuation,
     )
-    native = _decode_native(checkpoint)
+    native = native_of(checkpoint)
     parts = adapter.parts(model, optimizer, tx)
     convert = functools.partial(_convert, checkpoint, native, adapter, model, optimizer, tx, scheduler, extra or {}, options)
     if rules or plan is not None or checkpoint.manifest.producer.adapter != adapter.name:
@@ -234,7 +235,7 @@ def plan(
     adapter = registry.adapter_for(model, "model")
     options = conversion.Options(rules=rules, probe_axes=probe_axes, apply=apply)
     parts = adapter.parts(model, NO_OPTIMIZER)
-    return conversion.prepare(checkpoint, _probe(checkpoint, _decode_native(checkpoint)), adapter, parts.model, options).plan
+    return conversion.prepare(checkpoint, _probe(checkpoint, native_of(checkpoint)), adapter, parts.model, options).plan
 
 
 def inspect(path: str | os.PathLike[str], *, verify: bool = True, like: Any = None, format: str | None = None) -> Checkpoint:
@@ -508,67 +509,6 @@ def _readable(checkpoint: Checkpoint) -> Iterator[None]:
             f"{checkpoint.path}: its native residue is not what the adapter of {checkpoint.manifest.producer.adapter} writes, "
             f"or an object given to load() failed: {error!r}"
         ) from error
-
-
-def _decode_native(checkpoint: Checkpoint) -> dict[str, Any]:
-    state = checkpoint.state.stored
-    made: dict[tuple[str, str], Any] = {}
-
-    def tensor(name: str, kind: str) -> residue.TensorRef:
-        registry.check_known(_package(kind))
-
-        # Two references to one stored tensor were one tensor when they were saved.
-        def make() -> Any:
-            if (name, kind) not in made:
-                made[name, kind] = registry.named(_package(kind)).tensor(state[name], kind)
-            return made[name, kind]
-
-        return residue.TensorRef(state[name], make)
-
-    def constant(value: Any, kind: str) -> Any:
-        return registry.named(_package(kind)).constant(value, kind)
-
-    try:
-        native: dict[str, Any] = residue.decode(checkpoint.manifest.native, residue.Decoders(tensor=tensor, constant=constant))
-    except RecursionError as error:
-        raise CorruptError(f"{checkpoint.path}: native residue is nested too deep") from error
-    if problems := list(_native_problems(native)):
-        raise CorruptError("\n  ".join([f"{checkpoint.path}: native residue is not of the format:", *problems]))
-    return native
-
-
-def _native_problems(native: Any) -> Iterator[str]:
-    """What of native residue is not as `save` writes it, one line each."""
-    if not isinstance(native, dict):
-        yield "it is no object"
-        return
-    for member in ("extra", "rng"):
-        if not isinstance(native.get(member) or {}, dict):
-            yield f"{member} is no object"
-            return
-    entries = {f"extra {name}": entry for name, entry in (native.get("extra") or {}).items()}
-    for name, entry in {**entries, "scheduler": native.get("scheduler")}.items():
-        if name == "scheduler" and entry is None:
-            continue
-        texts = [entry.get(member) for member in ("kind", "type")] if isinstance(entry, dict) else [None]
-        if not all(isinstance(text, str) for text in texts) or "state" not in entry:
-            yield f"{name} lacks adapter, kind, type or state"
-        elif not isinstance(entry.get("adapter"), str | None) or "adapter" not in entry:
-            yield f"{name} names no adapter"
-    optimizer = native.get("optimizer")
-    if optimizer is not None and not (
-        isinstance(optimizer, dict) and isinstance(optimizer.get("adapter"), str) and "state" in optimizer
-    ):
-        yield "optimizer lacks adapter or state"
-    if not all(isinstance(name, str) for name in native.get("rng") or {}):
-        yield "rng: an adapter's name is no string"
-
-
-def _package(kind: str) -> str:
-    """The adapter of a leaf or constant: its kind up to the first dot."""
-    if not isinstance(kind, str):
-        raise TypeError(f"{kind!r} is no kind of a tensor or constant")
-    return kind.partition(".")[0]
 
 
 def _prepare_entry(entry: dict[str, Any] | None, live: Any, path: str) -> Restore:

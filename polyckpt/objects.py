@@ -36,7 +36,13 @@ def prepare(live: Any, entry: dict[str, Any], path: str) -> Restore:
         return Restore(apply=lambda: residue.live(state), tensors=tensors)
     if kind == STATE_DICT:
         if not _has_state_dict(live):
-            return _refused(live, path, f"the state of a {entry['type']}")
+            return _refused(live, path, f"the state of a {entry['type'] or 'scheduler'}")
+        if not entry["type"]:
+            # A file of others does not say of which class it is; what it consists of does.
+            there = live.state_dict().keys()
+            if there == state.keys():
+                return _prepare_state_dict(live, state, path)
+            return _refused(live, path, f"the state of one with {', '.join(map(str, sorted(state.keys() ^ there)))} or without")
         # Many load_state_dict() take anything; a module moved to another file is still the same class.
         if entry["type"].rpartition(".")[2] != type(live).__name__:
             return _refused(live, path, f"the state of a {entry['type']}")

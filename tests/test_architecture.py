@@ -53,7 +53,7 @@ LAYERS = [
     ["checkpoint", "sections", "run"],
     ["adapter"],
     ["registry"],
-    ["objects", "parity", "converted"],
+    ["objects", "parity", "converted", "native"],
     ["slots"],
     ["continuation"],
     ["conversion"],

@@ -145,7 +145,7 @@ _ROWS["AdamW"] = _ROWS["Adam"]
 
 def capture(optimizer: torch.optim.Optimizer, parameters: Sequence[tuple[str, Any]]) -> OptimizerCapture:
     """Describe an optimizer as it stands: nothing is stepped, and a parameter without state is stored as having none."""
-    names = _names(optimizer, parameters)
+    names = names_of(optimizer, parameters)
     known = {id(parameter) for _, parameter in parameters}
     foreign = {name: each for name, each in zip(names, _flat(optimizer), strict=True) if parameters and id(each) not in known}
     state_dict = optimizer.state_dict()
@@ -205,7 +205,7 @@ def continue_(
     exact = any(group.form for group in continuation.groups)
     if exact:
         continued.check(optimizer)
-    names = _names(optimizer, parameters)
+    names = names_of(optimizer, parameters)
     shapes = {name: tuple(parameter.shape) for name, parameter in zip(names, _flat(optimizer), strict=True)}
     state_dict = optimizer.state_dict()
     groups = _named_groups(state_dict, names)
@@ -289,7 +289,7 @@ def prepare(
     optimizer: torch.optim.Optimizer, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]], section: str
 ) -> Restore:
     """Compare an optimizer with a stored one by the names of parameters, not by their position."""
-    names = _names(optimizer, parameters)
+    names = names_of(optimizer, parameters)
     native = _read_native(stored.native)
     problems = list(_problems(optimizer, stored, native, names, section))
     unfit = {problem.name for problem in problems}
@@ -502,7 +502,7 @@ def _flat(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
     return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
-def _names(optimizer: torch.optim.Optimizer, parameters: Sequence[tuple[str, Any]]) -> list[str]:
+def names_of(optimizer: torch.optim.Optimizer, parameters: Sequence[tuple[str, Any]]) -> list[str]:
     """The name of each parameter in the order of the groups: that of the model's weight, else its place."""
     known = {id(parameter): name for name, parameter in parameters}
     return [
@@ -516,12 +516,17 @@ def _named_groups(state_dict: Mapping[str, Any], names: Sequence[str]) -> list[d
     return [{**group, "params": [names[index] for index in group["params"]]} for group in state_dict["param_groups"]]
 
 
+def row_of(kind: type) -> Row | None:
+    """The row of a class, or of the nearest that it inherits from; None where there is none."""
+    return next((_ROWS[each.__name__] for each in kind.__mro__ if each.__name__ in _ROWS), None)
+
+
 def _row(optimizer: torch.optim.Optimizer) -> Row | None:
     """The row of the torch.optim class whose `step` runs; a subclass that replaces it may mean anything."""
     step: Callable[..., Any] = type(optimizer).step
     if not step.__module__.startswith("torch.optim."):
         return None
-    row = next((_ROWS[kind.__name__] for kind in type(optimizer).__mro__ if kind.__name__ in _ROWS), None)
+    row = row_of(type(optimizer))
     if row and (hook := continued.of(optimizer)):
         return replace(
             row, family=hook.of[0].family, slots={**row.slots, **{key: meaning for meaning, key in hook.slots.items()}}

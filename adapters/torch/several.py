@@ -5,7 +5,7 @@ Their groups stand one after the other, and their slots side by side, so that th
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -58,6 +58,11 @@ def capture(several: Optimizers, parameters: Parameters) -> OptimizerCapture:
 
 
 _SEVERAL = "several"
+
+
+def parts_of(native: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """What was kept of each of several optimizers; nothing where there was one."""
+    return [part["state"] for part in native.get(_SEVERAL, ())]
 
 
 def _type(several: Optimizers) -> str:
