@@ -60,9 +60,7 @@ def load_file(path: Path) -> Any:
 
 def _wanted(told: str) -> str | None:
     """The class or function that unpickling would have called, as torch names it."""
-    found = re.search(
-        r"(?:Unsupported (?:global|class|type): |)GLOBAL ([\w.]+)|Unsupported (?:class|operand|type) ([\w.<> ']+)", told
-    )
+    found = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:class|operand|type) ([\w.<> ']+)", told)
     return (found[1] or found[2]).strip() if found else None
 
 
