@@ -41,6 +41,11 @@ class StoredTensor:
         self._verified = False
 
     @property
+    def itemsize(self) -> int:
+        """The bytes of one element."""
+        return lookup(self.dtype, self.name).itemsize
+
+    @property
     def checksums(self) -> tuple[str, ...]:
         """Equal for tensors of equal bytes."""
         return tuple(chunk.checksum for chunk in self._tensor.chunks)

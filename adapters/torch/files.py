@@ -137,6 +137,14 @@ def is_scheduler(value: Any) -> bool:
     return isinstance(value, Mapping) and {"last_epoch", "_step_count"} <= value.keys()
 
 
+def leaves_of_file(path: Path) -> dict[str, Leaf]:
+    """The tensors of a file that holds one state dict. Raises UnsupportedError for another."""
+    loaded = load_file(path)
+    if not is_state_dict(loaded):
+        raise UnsupportedError(f"{path}: not a state dict alone, which a shard of a model is")
+    return _leaves(path, loaded)
+
+
 def read(path: Path, like: Like | None) -> Contents:
     """The contents of a file: the model under the usual names or the only one, optimizers, a schedule, progress, the rest."""
     return contents_of(path, parts_of(load_file(path)), like)

@@ -30,11 +30,16 @@ _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def optimizer_capture(
-    states: Sequence[Mapping[str, Any]], model: ModelCapture, like: Like | None, left_out: list[str]
+    states: Sequence[Mapping[str, Any]],
+    model: ModelCapture,
+    like: Like | None,
+    left_out: list[str],
+    orders: Sequence[Sequence[str]] = (),
 ) -> OptimizerCapture | None:
     """Describe optimizers by their state dicts, as if they had been captured live; None where that cannot be told.
 
-    model: whose parameters they are of. like: the live objects that may tell class and order. left_out: gets why not.
+    model: whose parameters they are of. like: the live objects that may tell class and order. left_out: gets why not. orders: of
+    parameters, that whoever wrote the state may have given them in.
     """
     live = _live(like)
     made: list[torch.optim.Optimizer] = []
@@ -42,7 +47,7 @@ def optimizer_capture(
     for index, state in enumerate(states):
         what = f"optimizer {index}" if len(states) > 1 else "optimizer"
         partner = live[index] if len(live) == len(states) else None
-        names = _names(state, model, like, partner)
+        names = _names(state, [*_candidates(state["param_groups"], model, like, partner), *orders], model)
         if names is None:
             left_out.append(
                 f"{what}: its state numbers the parameters, and which number is which weight cannot be told from shapes and order "
@@ -130,21 +135,14 @@ def _same_keys(state: Mapping[str, Any], partner: torch.optim.Optimizer) -> bool
 # Whose slots.
 
 
-def _names(
-    state: Mapping[str, Any], model: ModelCapture, like: Like | None, partner: torch.optim.Optimizer | None
-) -> list[str] | None:
-    """The names of the parameters in the order of their numbers, None where they cannot be told."""
-    groups = state["param_groups"]
-    count = sum(len(group["params"]) for group in groups)
-    for names in _candidates(groups, count, model, like, partner):
-        if len(names) == count and _agree(state, names, model):
-            return list(names)
-    return None
+def _names(state: Mapping[str, Any], candidates: Sequence[Sequence[str]], model: ModelCapture) -> list[str] | None:
+    """The first order of names that all shapes agree with, None where there is none."""
+    count = sum(len(group["params"]) for group in state["param_groups"])
+    return next((list(names) for names in candidates if len(names) == count and _agree(state, names, model)), None)
 
 
 def _candidates(
     groups: Sequence[Mapping[str, Any]],
-    count: int,
     model: ModelCapture,
     like: Like | None,
     partner: torch.optim.Optimizer | None,

@@ -1,5 +1,253 @@
-from polyckpt.formats.table import Format
+"""Files of Keras 3: `.keras` archives, `.weights.h5`, and sharded `.weights.json`; read safely, with h5py alone.
 
-ARCHIVE = Format(name="keras_files-ARCHIVE", title="keras_files", adapter="", recognises=lambda path: False, reader="")
-WEIGHTS = Format(name="keras_files-WEIGHTS", title="keras_files", adapter="", recognises=lambda path: False, reader="")
-SHARDS = Format(name="keras_files-SHARDS", title="keras_files", adapter="", recognises=lambda path: False, reader="")
+In all of them a variable is a dataset whose path says where in the model it is: "layers/dense/vars/0".
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import struct
+import zipfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+
+from polyckpt.dtypes import lookup
+from polyckpt.errors import AdapterError, CorruptError, UnsupportedError
+from polyckpt.formats.table import Format
+from polyckpt.leaves import Leaf
+
+CONFIG, WEIGHTS_IN_ARCHIVE = "config.json", "model.weights.h5"
+MAX_JSON_BYTES = 1 << 28
+_HDF5 = b"\x89HDF\r\n\x1a\n"
+_OPTIMIZER = re.compile(r"optimizer/vars/(\d+)$")
+
+
+def is_archive(path: Path) -> bool:
+    """Whether it is a zip archive of a configuration and weights."""
+    if not path.is_file():
+        return False
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return {CONFIG, WEIGHTS_IN_ARCHIVE} <= set(archive.namelist())
+    except (zipfile.BadZipFile, NotImplementedError, ValueError):
+        return False
+
+
+def is_weights(path: Path) -> bool:
+    """Whether it is an HDF5 file."""
+    if not path.is_file():
+        return False
+    with open(path, "rb") as file:
+        return file.read(len(_HDF5)) == _HDF5
+
+
+def is_shards(path: Path) -> bool:
+    """Whether it is the index of shards: JSON that maps paths of variables to files."""
+    if not path.is_file() or path.stat().st_size > MAX_JSON_BYTES:
+        return False
+    with open(path, "rb") as file:
+        if file.read(64).lstrip()[:1] != b"{":
+            return False
+    try:
+        told = msgspec.json.decode(path.read_bytes(), type=dict[str, Any]).get("weight_map")
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return False
+    return isinstance(told, dict) and any(name.startswith("/") for name in told)
+
+
+class Datasets:
+    """The variables of a file: `weights` by the path of their dataset, `optimizer` in order. config: of the model, if it is there."""
+
+    def __init__(self, path: Path) -> None:
+        """Open an archive, a file of weights or an index. Raises CorruptError, UnsupportedError or AdapterError."""
+        self.path = path
+        self.config: dict[str, Any] | None = None
+        if is_archive(path):
+            self.config = _config(path)
+            found = _datasets(path, _slice(path))
+        elif is_shards(path):
+            found = _shards(path)
+        else:
+            found = _datasets(path, None)
+        slots = {int(match[1]): name for name in found if (match := _OPTIMIZER.match(name))}
+        if sorted(slots) != list(range(len(slots))):
+            raise CorruptError(f"{path}: of the optimizer's variables only {sorted(slots)} are there")
+        self.optimizer = [found[slots[index]] for index in range(len(slots))]
+        self.weights = {name: leaf for name, leaf in found.items() if not _OPTIMIZER.match(name)}
+
+
+def _config(path: Path) -> dict[str, Any]:
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        for name in (CONFIG, WEIGHTS_IN_ARCHIVE):
+            if names.count(name) != 1:
+                raise CorruptError(f"{path}: {name} occurs {names.count(name)} times")
+        size_bytes = archive.getinfo(CONFIG).file_size
+        if size_bytes > MAX_JSON_BYTES:
+            raise CorruptError(f"{path}: {CONFIG} claims {size_bytes} bytes; at most {MAX_JSON_BYTES} are read")
+        try:
+            with archive.open(CONFIG) as file:
+                return msgspec.json.decode(file.read(MAX_JSON_BYTES + 1), type=dict[str, Any])
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError, zipfile.BadZipFile, EOFError) as error:
+            raise CorruptError(f"{path}: {CONFIG}: not an object of JSON: {error}") from error
+
+
+class _Slice(io.RawIOBase):
+    """A part of a file as a file: an entry of an archive that is stored as it is."""
+
+    def __init__(self, path: Path, start: int, size_bytes: int) -> None:
+        self._file, self._start, self._size, self._at = open(path, "rb", buffering=0), start, size_bytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = max(0, offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence])
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        wanted = memoryview(buffer)[: max(0, self._size - self._at)]
+        count = self._file.readinto(wanted) or 0
+        self._at += count
+        return count
+
+    def close(self) -> None:
+        self._file.close()
+        super().close()
+
+
+def _slice(path: Path) -> _Slice:
+    """The weights in an archive, in place. Keras does not compress them; what is compressed could be of any size."""
+    with zipfile.ZipFile(path) as archive:
+        info = archive.getinfo(WEIGHTS_IN_ARCHIVE)
+    if info.compress_type != zipfile.ZIP_STORED or info.flag_bits & 1:
+        raise UnsupportedError(
+            f"{path}: {WEIGHTS_IN_ARCHIVE} is compressed or encrypted, which Keras does not do, and may be of any size: unpack "
+            "the archive, and load the .weights.h5 in it"
+        )
+    with open(path, "rb") as file:
+        file.seek(info.header_offset)
+        header = file.read(30)
+        if len(header) < 30 or header[:4] != b"PK\x03\x04":
+            raise CorruptError(f"{path}: {WEIGHTS_IN_ARCHIVE} is not where the archive says")
+        name, extra = struct.unpack("<HH", header[26:30])
+    start = info.header_offset + 30 + name + extra
+    if start + info.file_size > path.stat().st_size:
+        raise CorruptError(f"{path}: {WEIGHTS_IN_ARCHIVE} claims {info.file_size} bytes, more than the file has")
+    return _Slice(path, start, info.file_size)
+
+
+def _shards(path: Path) -> dict[str, Leaf]:
+    told: Mapping[str, Any] = msgspec.json.decode(path.read_bytes())["weight_map"]
+    found: dict[str, Leaf] = {}
+    inside: dict[str, dict[str, Leaf]] = {}
+    for group, where in told.items():
+        for name in where if isinstance(where, list) else [where]:
+            if not isinstance(name, str) or Path(name).name != name or name in (".", ".."):
+                raise CorruptError(f"{path}: {name!r} is not the name of a file beside it")
+            shard = path.with_name(name)
+            if not shard.is_file():
+                raise CorruptError(f"{shard}: missing, but {path.name} says that {group} is in it")
+            if name not in inside:
+                inside[name] = _datasets(shard, None)
+            found |= {each: leaf for each, leaf in inside[name].items() if each.startswith(f"{group.strip('/')}/")}
+    return found
+
+
+def _datasets(path: Path, opened: _Slice | None) -> dict[str, Leaf]:
+    """Every dataset of an HDF5 file by its path. What does not lie in the file itself is refused, and never followed."""
+    try:
+        import h5py
+    except ImportError as error:
+        raise AdapterError(f"files of Keras need h5py: {error}. Install it with: pip install 'polyckpt[keras]'") from error
+    try:
+        file = h5py.File(opened or path, "r")
+        if "model_config" in file.attrs:
+            raise UnsupportedError(
+                f"{path}: a whole model in the HDF5 format of Keras 2: load it in Keras, and save it as .keras or .weights.h5"
+            )
+        return {name: _leaf(path, name, dataset) for name, dataset in _walk(path, file, "", h5py)}
+    except (OSError, RuntimeError, KeyError, ValueError) as error:
+        raise CorruptError(f"{path}: HDF5 cannot read it: {error}") from error
+
+
+def _walk(path: Path, group: Any, prefix: str, h5py: Any) -> Iterator[tuple[str, Any]]:
+    for name in group:
+        at = f"{prefix}{name}"
+        link = group.get(name, getlink=True)
+        if not isinstance(link, h5py.HardLink):
+            raise UnsupportedError(
+                f"{path}: {at} is a link to {getattr(link, 'filename', '')} {link.path}, which is not followed"
+            )
+        node = group[name]
+        if isinstance(node, h5py.Group):
+            if prefix.count("/") > 100:
+                raise CorruptError(f"{path}: nested deeper than 100 groups")
+            yield from _walk(path, node, f"{at}/", h5py)
+        elif node.external or node.is_virtual:
+            raise UnsupportedError(f"{path}: {at} keeps its data in other files, which are not read")
+        else:
+            yield at, node
+
+
+def _leaf(path: Path, name: str, dataset: Any) -> Leaf:
+    # Keras writes bfloat16, which HDF5 lacks, as two bytes without a type.
+    stated = dataset.attrs.get("dtype")
+    dtype = lookup(stated if isinstance(stated, str) else dataset.dtype.name, f"{path}: {name}")
+    if dtype.itemsize != dataset.dtype.itemsize:
+        raise CorruptError(f"{path}: {name}: says it is {dtype.name}, but has {dataset.dtype.itemsize} bytes an element")
+    # What is compressed, or was never written, may claim any size.
+    if dataset.id.get_storage_size() < dataset.nbytes and dataset.compression is None:
+        raise CorruptError(f"{path}: {name}: {dataset.nbytes} bytes, of which {dataset.id.get_storage_size()} are there")
+
+    def read() -> np.ndarray:
+        try:
+            return np.ascontiguousarray(dataset[()]).reshape(-1).view(np.uint8)
+        except (OSError, RuntimeError) as error:
+            raise CorruptError(f"{path}: {name}: {error}") from error
+
+    return Leaf(dtype=dtype.name, shape=tuple(dataset.shape), read=read, frozen=True)
+
+
+_READER, _WRITER = "polyckpt.adapters.keras.files:read", "polyckpt.adapters.keras.files:write"
+
+ARCHIVE = Format(
+    name="keras",
+    title="a .keras file",
+    adapter="keras",
+    recognises=is_archive,
+    reader=_READER,
+    writer=f"{_WRITER}_archive",
+    suffixes=(".keras",),
+    needs="polyckpt[keras]",
+)
+WEIGHTS = Format(
+    name="keras-weights",
+    title="a .weights.h5 of Keras",
+    adapter="keras",
+    recognises=is_weights,
+    reader=_READER,
+    writer=f"{_WRITER}_weights",
+    suffixes=(".weights.h5",),
+    needs="polyckpt[keras]",
+)
+SHARDS = Format(
+    name="keras-shards",
+    title="the index of a sharded .weights.json of Keras",
+    adapter="keras",
+    recognises=is_shards,
+    reader=_READER,
+    needs="polyckpt[keras]",
+)

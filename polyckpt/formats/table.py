@@ -50,16 +50,21 @@ class Format:
         self._call(self.writer, source, target)
 
     def _call(self, where: str, *arguments: Any) -> Any:
-        module, _, function = where.partition(":")
-        try:
-            called = getattr(import_module(module), function)
-        except ModuleNotFoundError as error:
-            if str(error.name).startswith("polyckpt"):
-                raise
-            raise AdapterError(
-                f"{self.title} needs a package that cannot be imported: {error}. Install it with: pip install '{self.needs}'"
-            ) from error
-        return called(*arguments)
+        return call(where, self.title, self.needs, *arguments)
+
+
+def call(where: str, title: str, needs: str, *arguments: Any) -> Any:
+    """Call "module:function", which reads or writes a `title`. Raises AdapterError, naming what to install for it."""
+    module, _, function = where.partition(":")
+    try:
+        called = getattr(import_module(module), function)
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("polyckpt"):
+            raise
+        raise AdapterError(
+            f"{title} needs a package that cannot be imported: {error}. Install it with: pip install '{needs}'"
+        ) from error
+    return called(*arguments)
 
 
 @cache

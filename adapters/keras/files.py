@@ -1,0 +1,186 @@
+"""Files of Keras as it writes them itself: which dataset is which variable, told by a live model; and writing them.
+
+Where a model lies in the file as a configuration, Keras makes one of it, in its safe mode; otherwise it is the caller's.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import keras
+from keras.src.saving import saving_lib
+
+from polyckpt.adapter import ModelCapture, OptimizerCapture
+from polyckpt.adapters.keras import KerasAdapter, optimizers, variables
+from polyckpt.dtypes import lookup
+from polyckpt.errors import MismatchError, Problem, UnsupportedError
+from polyckpt.formats.described import Like
+from polyckpt.formats.keras_files import Datasets
+from polyckpt.formats.writing import Source
+from polyckpt.leaves import Leaf
+from polyckpt.snapshot import Contents
+
+
+def read(path: Path, like: Like | None) -> Contents:
+    """The contents of a file, described by `like` where it is of that structure, else by the configuration in the file.
+
+    Without either, weights go by the paths of their datasets. Raises UnsupportedError for a configuration that would run code or
+    names classes that nobody registered, MismatchError where `like` is required and is of another structure.
+    """
+    datasets = Datasets(path)
+    left_out: list[str] = []
+    for model, optimizer, required in _candidates(path, datasets, like):
+        captured, problems = _captured(model, datasets)
+        if captured is not None:
+            described = _optimizer(model, optimizer, datasets, captured, left_out)
+            return Contents(adapter="keras", model=captured, optimizer=described, left_out=left_out)
+        if required:
+            raise MismatchError(f"{path}: its variables are not those of `like`:", problems)
+    if datasets.optimizer:
+        left_out.append(
+            f"{len(datasets.optimizer)} variables of the optimizer: whose they are, only a live model tells (like=)"
+        )
+    weights = ModelCapture(type="weights", weights=datasets.weights, order="name")
+    return Contents(adapter="keras", model=weights, left_out=left_out)
+
+
+def _candidates(path: Path, datasets: Datasets, like: Like | None) -> Any:
+    """Models that may be of the structure of a file, with their optimizers, the caller's first."""
+    if like is not None:
+        yield like.model, like.optimizer, like.required
+    if datasets.config is not None:
+        made = _made(path, datasets.config)
+        yield made, getattr(made, "optimizer", None), False
+
+
+def _made(path: Path, config: Mapping[str, Any]) -> Any:
+    """The model of a configuration."""
+    try:
+        return keras.saving.deserialize_keras_object(_of_any_backend(config), safe_mode=True)
+    except Exception as error:  # a configuration may lead into any constructor
+        raise UnsupportedError(
+            f"{path}: Keras does not make its model of the configuration: {str(error).strip()[:500]}. Register the class "
+            "(@keras.saving.register_keras_serializable()), or pass like= a model that is built"
+        ) from error
+
+
+def _of_any_backend(config: Any) -> Any:
+    """A configuration with the classes of one backend under the names that all have; else it is of use there alone."""
+    if isinstance(config, list):
+        return [_of_any_backend(each) for each in config]
+    if not isinstance(config, dict):
+        return config
+    found = {name: _of_any_backend(value) for name, value in config.items()}
+    if str(found.get("module", "")).startswith("keras.src.backend.") and ".optimizers." in found["module"]:
+        found["module"] = "keras.optimizers"
+    return found
+
+
+class _Recorder(saving_lib.H5IOStore):  # type: ignore[misc]
+    """A store that keeps what Keras would write to a file: path of the dataset -> variable, or array."""
+
+    def __init__(self) -> None:
+        self.entries: dict[str, Any] = {}
+
+    def __bool__(self) -> bool:
+        return True
+
+    def make(self, path: str, metadata: Any = None) -> Any:
+        return _Entry(self.entries, f"{path}/vars/".lstrip("/"))
+
+
+class _Entry:
+    def __init__(self, entries: dict[str, Any], prefix: str) -> None:
+        self._entries, self._prefix = entries, prefix
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        self._entries[f"{self._prefix}{name}"] = value
+
+
+def _paths(model: Any) -> dict[int, str]:
+    """Each variable of a model -> the path of the dataset that Keras keeps it in. Nothing is written."""
+    recorder = _Recorder()
+    saving_lib._save_state(
+        model, weights_store=recorder, assets_store=None, inner_path="", visited_saveables=set(_optimizers(model))
+    )
+    return {id(value): path for path, value in recorder.entries.items() if isinstance(value, keras.Variable)}
+
+
+def _optimizers(model: Any) -> list[int]:
+    """What need not be walked: it would copy all its variables."""
+    return [id(model.optimizer)] if getattr(model, "optimizer", None) is not None else []
+
+
+def _captured(model: Any, datasets: Datasets) -> tuple[ModelCapture | None, list[Problem]]:
+    """A model with the variables of a file in place of its own; None and why where it is another one."""
+    described = KerasAdapter().capture_model(model)
+    paths = _paths(model)
+    live = variables.weights(model)
+    weights: dict[str, Leaf] = {}
+    problems = []
+    for name, leaf in described.weights.items():
+        path = paths.get(id(live[name]), "")
+        found = datasets.weights.get(path)
+        if found is None:
+            where = f"nothing at {path}" if path else "no place that Keras would keep it in"
+            problems.append(Problem("missing", "weights", name, stored=where, live=f"{leaf.dtype}{list(leaf.shape)}"))
+        elif found.shape != leaf.shape:
+            problems.append(
+                Problem(
+                    "shape", "weights", name, stored=f"{found.dtype}{list(found.shape)}", live=f"{leaf.dtype}{list(leaf.shape)}"
+                )
+            )
+        else:
+            weights[name] = dataclasses.replace(found, identity=leaf.identity)
+    used = set(paths.values())
+    of_run = {paths[id(each)] for each in variables.run_states(model) if id(each) in paths}
+    problems += [
+        Problem("unexpected", "weights", path, stored=f"{leaf.dtype}{list(leaf.shape)}")
+        for path, leaf in datasets.weights.items()
+        if path not in used | of_run
+    ]
+    return (None, problems) if problems else (dataclasses.replace(described, weights=weights, rng=None), [])
+
+
+def _optimizer(
+    model: Any, optimizer: Any, datasets: Datasets, captured: ModelCapture, left_out: list[str]
+) -> OptimizerCapture | None:
+    """The optimizer in the state of the file: a copy, built and filled, since the live one stays as it is."""
+    if not datasets.optimizer:
+        return None
+    what = f"{len(datasets.optimizer)} variables of the optimizer"
+    if optimizer is None:
+        left_out.append(f"{what}: which optimizer it was is not in the file: give the live one")
+        return None
+    try:
+        copy = keras.optimizers.deserialize(_of_any_backend(keras.optimizers.serialize(optimizer)))
+        copy.build(model.trainable_variables)
+    except Exception as error:  # of a class of the user's, anything
+        left_out.append(f"{what}: {type(optimizer).__name__} cannot be made once more: {str(error)[:200]}")
+        return None
+    shapes = [tuple(each.shape) for each in copy.variables]
+    if shapes != [leaf.shape for leaf in datasets.optimizer]:
+        left_out.append(f"{what}: a {type(optimizer).__name__} of this model has {len(shapes)} others")
+        return None
+    for variable, leaf in zip(copy.variables, datasets.optimizer, strict=True):
+        variable.assign(leaf.read().view(lookup(leaf.dtype, "optimizer").numpy).reshape(leaf.shape))
+    return optimizers.capture(copy, captured.parameters)
+
+
+def write_archive(source: Source, target: Path) -> None:
+    """Write a `.keras` of the live model, with its optimizer where it is compiled. Raises UnsupportedError without one."""
+    _live(source).save(target)
+
+
+def write_weights(source: Source, target: Path) -> None:
+    """Write a `.weights.h5` of the live model, with its optimizer where it is compiled. Raises UnsupportedError without one."""
+    _live(source).save_weights(target)
+
+
+def _live(source: Source) -> Any:
+    if source.model is None:
+        raise UnsupportedError("Keras writes its files from a live model alone: pass one to load into (model=, --like)")
+    return source.model
