@@ -288,7 +288,7 @@ def export(
     else:
         restored = load(path, model, optimizer, **options)
         assert restored.checkpoint is not None
-        source = writing.Source(_captured(restored), restored.model, restored.optimizer)
+        source = writing.Source(_captured(restored), restored.model, None if optimizer is None else restored.optimizer)
     if chosen is None:
         if not isinstance(source.checkpoint, opened.Captured):
             raise UnsupportedError(f"{path}: is a checkpoint of polyckpt already: copy it, or pass a model to convert it into")

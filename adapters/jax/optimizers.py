@@ -497,6 +497,11 @@ def _parameter(within: str, prefix: str | None) -> str:
     return within if prefix is None else _weight(within, prefix) if within else prefix
 
 
+def name_of(slot: str, parameter: str, captured: OptimizerCapture) -> str:
+    """The name of the leaf of a state that is this slot of this parameter."""
+    return "/".join(filter(None, (slot, _within(parameter, captured.native["prefix"]))))
+
+
 def _within(parameter: str, prefix: str | None) -> str:
     return parameter.removeprefix(f"{prefix}/") if prefix else parameter
 

@@ -65,7 +65,7 @@ def fitted(weights: Mapping[str, Leaf], like: Like | None) -> ModelCapture | Non
         if renamed.keys() <= live.keys() == named.keys() and not list(_misshapen(named, live)):
             return dataclasses.replace(like.captured, weights=named, rng=None)
     if like.required:
-        raise MismatchError("the tensors of the file are not those of `like`:", list(_problems(weights, live)))
+        raise MismatchError("the tensors of the file are not those of `like`:", list(problems_of(weights, like)))
     return None
 
 
@@ -97,7 +97,9 @@ def _misshapen(weights: Mapping[str, Leaf], live: Mapping[str, Leaf]) -> Iterato
             yield Problem("shape", "weights", name, stored=_shown(weights[name]), live=_shown(live[name]))
 
 
-def _problems(weights: Mapping[str, Leaf], live: Mapping[str, Leaf]) -> Iterator[Problem]:
+def problems_of(weights: Mapping[str, Leaf], like: Like) -> Iterator[Problem]:
+    """In what the tensors of a file differ from those of `like`, by name."""
+    live = like.captured.weights
     for name in live:
         if name not in weights:
             yield Problem("missing", "weights", name, live=_shown(live[name]))

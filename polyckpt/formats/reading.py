@@ -1,0 +1,37 @@
+"""A tensor of a file of another format, as one of an opened checkpoint."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+
+from polyckpt.checkpoint import StoredTensor
+from polyckpt.checksums import checksum
+from polyckpt.dtypes import lookup
+from polyckpt.errors import CorruptError
+from polyckpt.leaves import Leaf
+
+
+class ReadTensor(StoredTensor):
+    """A tensor of a file of another format, read when it is asked for. Such files have no checksums of ours."""
+
+    def __init__(self, path: Path, name: str, leaf: Leaf) -> None:
+        self.name, self.dtype, self.shape = name, leaf.dtype, leaf.shape
+        self._path, self._leaf = path, leaf
+
+    @property
+    def checksums(self) -> tuple[str, ...]:
+        return (checksum(self.raw().data),)
+
+    def verify(self) -> None:
+        """Nothing was noted when the file was written that its bytes could be compared with."""
+
+    def raw(self) -> np.ndarray:
+        array = np.asarray(self._leaf.read())
+        expected = math.prod(self.shape) * lookup(self.dtype, self.name).itemsize
+        if array.nbytes != expected:
+            raise CorruptError(f"{self._path}: {self.name}: {self} is {expected} bytes, the file has {array.nbytes}")
+        data = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+        return data if data.flags.writeable else data.copy()
