@@ -62,7 +62,7 @@ LAYERS = [
     ["formats", "formats.table", "formats.described"],
     ["formats.reading"],
     ["formats.opened", "formats.writing", "formats.detyped"],
-    ["formats.npz", "formats.safetensors", "formats.torch_files", "formats.keras_files", "formats.orbax", "formats.equinox_files"],
+    ["formats.npz", "formats.safetensors", "formats.torch_files", "formats.keras_files", "formats.orbax", "formats.equinox_files", "formats.tensorflow_files"],
     ["formats.huggingface", "formats.flax_msgpack"],
     ["api"],
     ["manager"],

@@ -22,7 +22,10 @@ from polyckpt.snapshot import Contents
 
 
 def read(path: Path, like: Like | None) -> Contents:
-    """The arrays of a file as the leaves of `like`, in order. Raises UnsupportedError without one, MismatchError where they differ."""
+    """The arrays of a file as the leaves of `like`, in order.
+
+    Raises UnsupportedError without one, MismatchError where they differ, CorruptError for a file that is not whole.
+    """
     if like is None:
         raise UnsupportedError(f"{path}: its arrays have no names: pass like= a model of the class that was saved")
     streams = list(_streams(path))

@@ -13,7 +13,7 @@ from polyckpt.formats.writing import Source
 
 
 def write_msgpack(source: Source, target: Path) -> None:
-    """Write live objects, which `flax.serialization.from_bytes` gives back to ones like them, or the weights as a nested dict."""
+    """Write live objects, which `flax.serialization.from_bytes` gives back to ones like them, or weights as a nested dict."""
     if source.model is not None:
         live = source.model if source.optimizer is None else {"model": source.model, "optimizer": source.optimizer}
         target.write_bytes(serialization.to_bytes(_pure(live)))

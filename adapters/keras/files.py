@@ -6,7 +6,7 @@ Where a model lies in the file as a configuration, Keras makes one of it, in its
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +27,15 @@ from polyckpt.snapshot import Contents
 def read(path: Path, like: Like | None) -> Contents:
     """The contents of a file, described by `like` where it is of that structure, else by the configuration in the file.
 
-    Without either, weights go by the paths of their datasets. Raises UnsupportedError for a configuration that would run code or
-    names classes that nobody registered, MismatchError where `like` is required and is of another structure.
+    Without either, weights go by the paths of their datasets. Raises UnsupportedError for a configuration that would run code
+    or names classes that nobody registered, MismatchError where `like` is required and is of another structure.
     """
     datasets = Datasets(path)
     left_out: list[str] = []
     for model, optimizer, required in _candidates(path, datasets, like):
         captured, problems = _captured(model, datasets)
         if captured is not None:
-            described = _optimizer(model, optimizer, datasets, captured, left_out)
+            described = optimizer_of(model, optimizer, datasets.optimizer, captured, left_out)
             return Contents(adapter="keras", model=captured, optimizer=described, left_out=left_out)
         if required:
             raise MismatchError(f"{path}: its variables are not those of `like`:", problems)
@@ -145,13 +145,16 @@ def _captured(model: Any, datasets: Datasets) -> tuple[ModelCapture | None, list
     return (None, problems) if problems else (dataclasses.replace(described, weights=weights, rng=None), [])
 
 
-def _optimizer(
-    model: Any, optimizer: Any, datasets: Datasets, captured: ModelCapture, left_out: list[str]
+def optimizer_of(
+    model: Any, optimizer: Any, values: Sequence[Leaf], captured: ModelCapture, left_out: list[str]
 ) -> OptimizerCapture | None:
-    """The optimizer in the state of the file: a copy, built and filled, since the live one stays as it is."""
-    if not datasets.optimizer:
+    """The optimizer with these values of its variables: a copy, built and filled, since the live one stays as it is.
+
+    None, with the reason in left_out, where it has other variables.
+    """
+    if not values:
         return None
-    what = f"{len(datasets.optimizer)} variables of the optimizer"
+    what = f"{len(values)} variables of the optimizer"
     if optimizer is None:
         left_out.append(f"{what}: which optimizer it was is not in the file: give the live one")
         return None
@@ -162,10 +165,10 @@ def _optimizer(
         left_out.append(f"{what}: {type(optimizer).__name__} cannot be made once more: {str(error)[:200]}")
         return None
     shapes = [tuple(each.shape) for each in copy.variables]
-    if shapes != [leaf.shape for leaf in datasets.optimizer]:
+    if shapes != [leaf.shape for leaf in values]:
         left_out.append(f"{what}: a {type(optimizer).__name__} of this model has {len(shapes)} others")
         return None
-    for variable, leaf in zip(copy.variables, datasets.optimizer, strict=True):
+    for variable, leaf in zip(copy.variables, values, strict=True):
         variable.assign(leaf.read().view(lookup(leaf.dtype, "optimizer").numpy).reshape(leaf.shape))
     return optimizers.capture(copy, captured.parameters)
 

@@ -11,7 +11,7 @@ import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import msgspec
 import torch
@@ -43,19 +43,28 @@ def load_file(path: Path) -> Any:
                 raise UnsupportedError(
                     f"{path}: a TorchScript archive, which holds code: load it with torch.jit.load and save its state_dict()"
                 )
+    return _load(path, str(path), mmap=zipfile.is_zipfile(path))
+
+
+def load_stream(stream: IO[bytes], where: str) -> Any:
+    """As `load_file`, of what lies in memory."""
+    return _load(stream, where, mmap=False)
+
+
+def _load(source: Any, where: str, *, mmap: bool) -> Any:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError:
         raise
     except Exception as error:  # torch raises whatever the parts of the file lead to
         told = str(error)
         if type(error).__name__ == "UnpicklingError" and (wanted := _wanted(told)):
             raise UnsupportedError(
-                f"{path}: it is a pickle that needs {wanted} to be run, which a file from a stranger may abuse, so it is not "
-                "read. Save state dicts alone (torch.save(model.state_dict(), ...)); or, if you trust the file, name the class with "
-                "torch.serialization.add_safe_globals([...]) before you load it"
+                f"{where}: it is a pickle that needs {wanted} to be run, which a file from a stranger may abuse, so it is not "
+                "read. Save state dicts alone (torch.save(model.state_dict(), ...)); or, if you trust the file, name the "
+                "class with torch.serialization.add_safe_globals([...]) before you load it"
             ) from error
-        raise CorruptError(f"{path}: torch cannot read it: {_first_line(told)}") from error
+        raise CorruptError(f"{where}: torch cannot read it: {_first_line(told)}") from error
 
 
 def _wanted(told: str) -> str | None:
@@ -252,8 +261,7 @@ def write(source: Source, target: Path) -> None:
     """Write a file that torch.load(weights_only=True) reads.
 
     Weights alone are the state dict itself. With an optimizer they stand as `model_state_dict`, `optimizer_state_dict` and
-    `scheduler_state_dict`, with `epoch`, `step` and `metrics`, as the tutorials of PyTorch have it. Raises UnsupportedError for an optimizer
-    whose state this cannot be.
+    `scheduler_state_dict`, with `epoch`, `step` and `metrics`, as the tutorials of PyTorch have it.
     """
     checkpoint = source.checkpoint
     made: dict[int, torch.Tensor] = {}

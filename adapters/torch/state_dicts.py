@@ -38,8 +38,8 @@ def optimizer_capture(
 ) -> OptimizerCapture | None:
     """Describe optimizers by their state dicts, as if they had been captured live; None where that cannot be told.
 
-    model: whose parameters they are of. like: the live objects that may tell class and order. left_out: gets why not. orders: of
-    parameters, that whoever wrote the state may have given them in.
+    model: whose parameters they are of. like: the live objects that may tell class and order. left_out: gets why not.
+    orders: of parameters, that whoever wrote the state may have given them in.
     """
     live = _live(like)
     made: list[torch.optim.Optimizer] = []
@@ -50,8 +50,8 @@ def optimizer_capture(
         names = _names(state, [*_candidates(state["param_groups"], model, like, partner), *orders], model)
         if names is None:
             left_out.append(
-                f"{what}: its state numbers the parameters, and which number is which weight cannot be told from shapes and order "
-                "alone: pass like= a model of its class"
+                f"{what}: its state numbers the parameters, and which number is which weight cannot be told from shapes and "
+                "order alone: pass like= a model of its class"
             )
             return None
         one, dummies = _filled(state, names, model, _class(state, partner))
@@ -153,9 +153,9 @@ def _candidates(
         ends = {name: [own for own in model.weights if own == name or name.endswith(f".{own}")] for name in named}
         if all(ends.values()):
             yield [max(own, key=len) for own in ends.values()]
-    if partner is not None and like is not None and len(partner.param_groups) == len(groups):
-        if [len(group["params"]) for group in groups] == [len(group["params"]) for group in partner.param_groups]:
-            yield optimizers.names_of(partner, like.captured.parameters)
+    sizes = [len(group["params"]) for group in groups]
+    if partner is not None and like is not None and sizes == [len(group["params"]) for group in partner.param_groups]:
+        yield optimizers.names_of(partner, like.captured.parameters)
     if len(groups) == 1 and model.parameters:
         yield [name for name, _ in model.parameters]
     if len(groups) == 1 and not model.parameters:
@@ -187,7 +187,7 @@ def _agree(state: Mapping[str, Any], names: Sequence[str], model: ModelCapture) 
 def _filled(
     state: Mapping[str, Any], names: Sequence[str], model: ModelCapture, kind: type[torch.optim.Optimizer]
 ) -> tuple[torch.optim.Optimizer, list[tuple[str, Any]]]:
-    """An optimizer in this state over parameters without values, which the adapter describes as any other; and those by name."""
+    """An optimizer in this state over parameters without values, described as any other; and those by name."""
     shapes = [model.weights[name].shape if name in model.weights else () for name in names]
     dummies = [torch.nn.Parameter(torch.empty(shape, device="meta")) for shape in shapes]
     sizes = [len(group["params"]) for group in state["param_groups"]]

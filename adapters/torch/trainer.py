@@ -1,4 +1,4 @@
-"""What transformers.Trainer saves beside a model: optimizer, schedule, random states, and how far it came."""
+"""What transformers.Trainer saves beside a model: optimizer, schedule, and how far it came."""
 
 from __future__ import annotations
 
@@ -8,12 +8,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from torch import nn
 
 from polyckpt.adapter import ModelCapture
 from polyckpt.adapters.torch import files, state_dicts
-from polyckpt.errors import CheckpointError, UnsupportedError
 from polyckpt.formats.described import Like, fitted
 from polyckpt.formats.huggingface import TRAINER, json_of
 from polyckpt.leaves import Leaf
@@ -46,7 +44,6 @@ def contents_of(folder: Path, weights: Mapping[str, Leaf], like: Like | None, le
         model=model,
         optimizer=optimizer,
         scheduler=scheduler,
-        rng=_rng(folder, left_out),
         epoch=math.floor(epoch) if isinstance(epoch, int | float) and math.isfinite(epoch) else None,
         step=step if isinstance(step, int) else None,
         metrics=dict(_metrics(state.get("log_history"), step)),
@@ -69,27 +66,3 @@ def _order(like: Like, model: ModelCapture) -> Sequence[str]:
     trained = [name for name, parameter in like.captured.parameters if parameter.requires_grad]
     kept = [name for name in trained if _UNDECAYED.search(name.lower()) or any(map(name.startswith, norms))]
     return [*(name for name in trained if name not in kept), *kept]
-
-
-def _rng(folder: Path, left_out: list[str]) -> dict[str, Any]:
-    """The random states that it saved, as adapters keep them."""
-    if not (folder / "rng_state.pth").is_file():
-        return {}
-    try:
-        states = files.load_file(folder / "rng_state.pth")
-        version, words, gauss = states["python"]
-        algorithm, key, position, has_gauss, cached = states["numpy"]
-        return {
-            "numpy": {
-                "python": {"version": version, "words": np.array(words, np.uint32), "gauss": gauss},
-                "numpy": {
-                    "bit_generator": algorithm,
-                    "state": {"key": np.asarray(key), "pos": int(position)},
-                    "has_gauss": int(has_gauss),
-                    "gauss": float(cached),
-                },
-            },
-        }
-    except (UnsupportedError, CheckpointError, KeyError, TypeError, ValueError) as error:
-        left_out.append(f"rng_state.pth: {error}")
-        return {}

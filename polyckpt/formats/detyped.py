@@ -41,6 +41,9 @@ _FIELDS = {
 }
 """Names of fields of optax's states -> what such a field holds, whatever the state."""
 
+_TELLING = frozenset({"mu", "nu", "trace", "sum_of_squares"})
+"""Those of which a name alone says that it is of a state."""
+
 _COUNTS = ("step", "count")
 
 
@@ -101,7 +104,7 @@ def contents_of(where: str, tree: Tree, like: Like | None, left_out: Sequence[st
     if slots:
         optimizer = _optimizer(slots, weights, step)
         told.append(
-            "which optimizer its state is of: names of fields do not tell adam from nadam, radam or adamax: pass like= what was saved"
+            "which optimizer its state is of: its fields do not tell adam from nadam or adamax: pass like= what was saved"
         )
     model = ModelCapture(type="pytree", weights=weights, order="name", native=None)
     return Contents(adapter="jax", model=model, optimizer=optimizer, step=step, left_out=told, **more)

@@ -25,7 +25,10 @@ INDEX = ".index.json"
 TRAINER = "trainer_state.json"
 SHARD_BYTES = 5_000_000_000
 """Beyond this a model is written in several files, as transformers does by default."""
-_LEFT = {"training_args.bin": "the arguments of the Trainer, a pickle of a class of transformers"}
+_LEFT = {
+    "training_args.bin": "the arguments of the Trainer, a pickle of a class of transformers",
+    "rng_state.pth": "random states, in a pickle that would call functions of NumPy",
+}
 
 
 def recognises(path: Path) -> bool:
@@ -122,7 +125,7 @@ def _index(folder: Path, name: str, left_out: list[str]) -> tuple[dict[str, Leaf
 def write(source: Source, target: Path) -> None:
     """Write a folder that `from_pretrained` reads: weights in shards of at most SHARD_BYTES, tied ones once.
 
-    The configuration is that of the live model, where one is given that has one; without it transformers needs one from elsewhere.
+    The configuration is that of the live model, where one is given that has it; else transformers needs one from elsewhere.
     """
     target.mkdir()
     checkpoint = source.checkpoint
@@ -150,7 +153,8 @@ def write(source: Source, target: Path) -> None:
 
 
 def _write_shards(target: Path, shards: list[dict[str, Leaf]], told: Mapping[str, str]) -> None:
-    where, total = {}, 0
+    where: dict[str, str] = {}
+    total = 0
     for number, leaves in enumerate(shards, 1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         written = tensor_file.write(target / name, leaves, told)

@@ -61,7 +61,7 @@ def is_shards(path: Path) -> bool:
 
 
 class Datasets:
-    """The variables of a file: `weights` by the path of their dataset, `optimizer` in order. config: of the model, if it is there."""
+    """The variables of a file: `weights` by the path of their dataset, `optimizer` in order. config: of the model, or None."""
 
     def __init__(self, path: Path) -> None:
         """Open an archive, a file of weights or an index. Raises CorruptError, UnsupportedError or AdapterError."""
@@ -101,7 +101,8 @@ class _Slice(io.RawIOBase):
     """A part of a file as a file: an entry of an archive that is stored as it is."""
 
     def __init__(self, path: Path, start: int, size_bytes: int) -> None:
-        self._file, self._start, self._size, self._at = open(path, "rb", buffering=0), start, size_bytes, 0
+        self._file = open(path, "rb", buffering=0)  # noqa: SIM115, which `close` does
+        self._start, self._size, self._at = start, size_bytes, 0
 
     def readable(self) -> bool:
         return True
