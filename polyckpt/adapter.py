@@ -90,6 +90,33 @@ class OptimizerCapture:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Contents:
+    """A run as adapters captured it, or as the reader of another format found it.
+
+    adapter: whose names and layouts these are. optimizer_adapter: who restores the optimizer, where that is another one.
+    scheduler, extra: entries of polyckpt.objects. probe: of polyckpt.parity. rng: tree by adapter. learning_rate: by default
+    that of the optimizer. rates: of a schedule. versions: of packages. left_out: what of a file is not read, one line each.
+    """
+
+    adapter: str
+    model: ModelCapture
+    optimizer: OptimizerCapture | None = None
+    optimizer_adapter: str | None = None
+    scheduler: Mapping[str, Any] | None = None
+    extra: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    probe: Any = None
+    rng: Mapping[str, Any] = field(default_factory=dict)
+    epoch: int | None = None
+    step: int | None = None
+    batch: int | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    learning_rate: Any = None
+    rates: schema.Rates | None = None
+    versions: Mapping[str, str] = field(default_factory=dict)
+    left_out: Sequence[str] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class ContinuedGroup:
     """One group of a live optimizer that goes on from a checkpoint of another framework.
 

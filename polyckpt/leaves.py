@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,8 @@ class Leaf:
     device tensor is never copied before. identity: equal for tensors that share memory and are to be stored once and
     re-tied; None for one that shares with nobody. kind: who rebuilds it where it stands in native residue ("numpy",
     "torch", ...). frozen: whether nobody will ever change what `read` returns. live: the tensor itself, for a store of its own
-    framework, which may write it shard by shard; None where `read` alone gives it.
+    framework, which may write it shard by shard; None where `read` alone gives it. check: of a file with checksums of its own,
+    compares them with the bytes, raising CorruptError; None where there are none.
     """
 
     dtype: str
@@ -30,6 +32,19 @@ class Leaf:
     kind: str = "numpy"
     frozen: bool = False
     live: Any = None
+    check: Callable[[], None] | None = None
+
+    def checked(self) -> Leaf:
+        """This tensor, read only once its bytes have been checked."""
+        check, read = self.check, self.read
+        if check is None:
+            return self
+
+        def checked_read() -> np.ndarray:
+            check()
+            return read()
+
+        return dataclasses.replace(self, read=checked_read)
 
 
 def array_leaf(array: np.ndarray, kind: str = "numpy") -> Leaf:

@@ -47,6 +47,11 @@ class Sections:
             name = join([*path, f"({suffix})"])
         return self.add("state", name, leaf)
 
+    def check_reads(self) -> None:
+        """Have every tensor of a file with checksums of its own compared with them before it is read."""
+        for leaves in self.leaves.values():
+            leaves.update({name: leaf.checked() for name, leaf in leaves.items()})
+
     def stage(self, staging: Staging) -> None:
         """Make all tensors independent of the live ones."""
         flat = {f"{section}/{name}": leaf for section, leaves in self.leaves.items() for name, leaf in leaves.items()}

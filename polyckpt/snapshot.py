@@ -5,14 +5,14 @@ from __future__ import annotations
 import datetime
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from polyckpt import __version__, manifest, objects, parity, registry, residue, schema
-from polyckpt.adapter import ModelCapture, OptimizerCapture
+from polyckpt.adapter import Contents, OptimizerCapture
 from polyckpt.leaves import Leaf
 from polyckpt.scalars import Scalar, count, learning_rate, scalar, text
 from polyckpt.sections import Sections
@@ -57,33 +57,6 @@ class Snapshot:
             finished = schema.Manifest(**self.draft, saved_at_utc=saved_at.isoformat(timespec="seconds"), run=run, **where)
             local.write_file(directory / manifest.FILE_NAME, manifest.encode(finished))
             before_commit()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Contents:
-    """A run as adapters captured it, or as the reader of another format found it.
-
-    adapter: whose names and layouts these are. optimizer_adapter: who restores the optimizer, where that is another one.
-    scheduler, extra: entries of polyckpt.objects. probe: of polyckpt.parity. rng: tree by adapter. learning_rate: by default
-    that of the optimizer. rates: of a schedule. versions: of packages. left_out: what of a file is not read, one line each.
-    """
-
-    adapter: str
-    model: ModelCapture
-    optimizer: OptimizerCapture | None = None
-    optimizer_adapter: str | None = None
-    scheduler: Mapping[str, Any] | None = None
-    extra: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
-    probe: Any = None
-    rng: Mapping[str, Any] = field(default_factory=dict)
-    epoch: int | None = None
-    step: int | None = None
-    batch: int | None = None
-    metrics: Mapping[str, float] = field(default_factory=dict)
-    learning_rate: Any = None
-    rates: schema.Rates | None = None
-    versions: Mapping[str, str] = field(default_factory=dict)
-    left_out: Sequence[str] = ()
 
 
 def capture(

@@ -8,8 +8,8 @@ from polyckpt import errors
 PUBLIC = """
 AdapterError AmbiguityError BestBy Checkpoint CheckpointError CheckpointExistsError CheckpointManager CorruptError EarlyStopping
 Every KeepEvery KeepLast LockedError MismatchError NotACheckpointError OnImprovement ParityError Plan PlanError PolicyError
-PolyckptError Problem Record Report Restored RunError Start StorageError UnsupportedError VersionError inspect load parity plan
-save
+PolyckptError Problem Record Report Restored RunError Start StorageError UnsupportedError VersionError export inspect load open
+parity plan save
 """
 
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from polyckpt.adapter import OptimizerCapture, StoredOptimizer
+from polyckpt.adapter import Contents, OptimizerCapture, StoredOptimizer
 from polyckpt.adapters.jax import optimizers, trees
 from polyckpt.errors import PolyckptError
 from polyckpt.formats.described import Like
@@ -15,7 +15,6 @@ from polyckpt.formats.detyped import Tree, number
 from polyckpt.formats.reading import ReadTensor
 from polyckpt.leaves import Leaf
 from polyckpt.residue import TensorRef
-from polyckpt.snapshot import Contents
 
 
 def contents_of(

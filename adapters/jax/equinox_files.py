@@ -12,13 +12,13 @@ import equinox
 import numpy as np
 from numpy.lib import format as npy
 
+from polyckpt.adapter import Contents
 from polyckpt.adapters.jax import arrays, trees
 from polyckpt.dtypes import lookup
 from polyckpt.errors import CorruptError, MismatchError, Problem, UnsupportedError
 from polyckpt.formats.described import Like
 from polyckpt.formats.writing import Source
 from polyckpt.leaves import Leaf
-from polyckpt.snapshot import Contents
 
 
 def read(path: Path, like: Like | None) -> Contents:

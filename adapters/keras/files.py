@@ -13,7 +13,7 @@ from typing import Any
 import keras
 from keras.src.saving import saving_lib
 
-from polyckpt.adapter import ModelCapture, OptimizerCapture
+from polyckpt.adapter import Contents, ModelCapture, OptimizerCapture
 from polyckpt.adapters.keras import KerasAdapter, optimizers, variables
 from polyckpt.dtypes import lookup
 from polyckpt.errors import MismatchError, Problem, UnsupportedError
@@ -21,7 +21,6 @@ from polyckpt.formats.described import Like
 from polyckpt.formats.keras_files import Datasets
 from polyckpt.formats.writing import Source
 from polyckpt.leaves import Leaf
-from polyckpt.snapshot import Contents
 
 
 def read(path: Path, like: Like | None) -> Contents:

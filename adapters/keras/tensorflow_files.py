@@ -12,7 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from polyckpt.adapter import ModelCapture
+from polyckpt.adapter import Contents, ModelCapture
 from polyckpt.adapters.keras import files, variables
 from polyckpt.dtypes import lookup
 from polyckpt.errors import CorruptError, MismatchError, UnsupportedError
@@ -20,7 +20,6 @@ from polyckpt.formats.described import Like, problems_of
 from polyckpt.formats.detyped import Tree
 from polyckpt.formats.tensorflow_files import prefix_of
 from polyckpt.leaves import Leaf
-from polyckpt.snapshot import Contents
 
 _SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
 _BOOKKEEPING = ("_CHECKPOINTABLE_OBJECT_GRAPH", "save_counter")

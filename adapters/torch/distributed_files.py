@@ -9,16 +9,16 @@ import io
 import pickle
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch.distributed.checkpoint import filesystem, metadata
 
+from polyckpt.adapter import Contents
 from polyckpt.adapters.torch import files
 from polyckpt.errors import CorruptError, UnsupportedError
 from polyckpt.formats.described import Like
 from polyckpt.formats.torch_files import METADATA
-from polyckpt.snapshot import Contents
 
 _ALLOWED: dict[tuple[str, str], Any] = {
     **{
@@ -45,12 +45,22 @@ _ALLOWED: dict[tuple[str, str], Any] = {
 """Everything that an index may name."""
 
 
-class _Unpickler(pickle.Unpickler):
+class _Unpickler(pickle._Unpickler):
+    """Builds what `_ALLOWED` names. The one in Python, whose steps can be told apart."""
+
     def find_class(self, module: str, name: str) -> Any:
         try:
             return _ALLOWED[module, name]
         except KeyError:
             raise UnsupportedError(f"it names {module}.{name}, which no index of torch.distributed.checkpoint does") from None
+
+    def _build(self) -> None:
+        # The state of a class is what all of this process use.
+        if isinstance(self.stack[-2], type):  # type: ignore[attr-defined]
+            raise UnsupportedError(f"it would change the class {self.stack[-2].__name__}")  # type: ignore[attr-defined]
+        self.load_build()  # type: ignore[attr-defined]
+
+    dispatch: ClassVar[dict[int, Any]] = {**pickle._Unpickler.dispatch, pickle.BUILD[0]: _build}
 
 
 def read(path: Path, like: Like | None) -> Contents:

@@ -17,7 +17,7 @@ import msgspec
 import torch
 
 from polyckpt import objects, residue, schema
-from polyckpt.adapter import ModelCapture
+from polyckpt.adapter import Contents, ModelCapture
 from polyckpt.adapters.torch import lightning, state_dicts, tensors
 from polyckpt.checkpoint import StoredTensor
 from polyckpt.errors import CorruptError, PolicyError, UnsupportedError
@@ -26,7 +26,6 @@ from polyckpt.formats.writing import Source
 from polyckpt.leaves import Leaf
 from polyckpt.native import native_of
 from polyckpt.policy import infer_mode
-from polyckpt.snapshot import Contents
 
 MODELS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
 """Where a file that holds more keeps the model, as the tutorials and trainers call it."""

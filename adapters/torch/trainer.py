@@ -10,12 +10,11 @@ from typing import Any
 
 from torch import nn
 
-from polyckpt.adapter import ModelCapture
+from polyckpt.adapter import Contents, ModelCapture
 from polyckpt.adapters.torch import files, state_dicts
 from polyckpt.formats.described import Like, fitted
 from polyckpt.formats.huggingface import TRAINER, json_of
 from polyckpt.leaves import Leaf
-from polyckpt.snapshot import Contents
 
 _NO_METRICS = re.compile(r"(_runtime|_per_second|_flos|^epoch|^step|^learning_rate|^grad_norm|^total_flos)$")
 _UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")

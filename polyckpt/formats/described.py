@@ -11,10 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from polyckpt import registry
-from polyckpt.adapter import ModelCapture
+from polyckpt.adapter import Contents, ModelCapture
 from polyckpt.errors import MismatchError, Problem
 from polyckpt.leaves import Leaf
-from polyckpt.snapshot import Contents
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,12 @@ from typing import Any
 import numpy as np
 
 from polyckpt import names
-from polyckpt.adapter import ModelCapture, OptimizerCapture
+from polyckpt.adapter import Contents, ModelCapture, OptimizerCapture
 from polyckpt.dtypes import lookup
 from polyckpt.errors import MismatchError, UnsupportedError
 from polyckpt.formats import table
 from polyckpt.formats.described import Like, problems_of
 from polyckpt.leaves import Leaf
-from polyckpt.snapshot import Contents
 
 _VALUE = "value"
 """The level that an nnx Variable adds."""

@@ -11,6 +11,7 @@ import msgspec
 import numpy as np
 
 from polyckpt import names
+from polyckpt.adapter import Contents
 from polyckpt.dtypes import lookup, size_problem
 from polyckpt.errors import CheckpointError, CorruptError, UnsupportedError
 from polyckpt.formats import safetensors
@@ -18,7 +19,6 @@ from polyckpt.formats.described import Like
 from polyckpt.formats.detyped import Tree, contents_of, leaf_of
 from polyckpt.formats.table import Format
 from polyckpt.leaves import Leaf
-from polyckpt.snapshot import Contents
 
 _ARRAY, _COMPLEX, _SCALAR = 1, 2, 3
 """Types of extensions, as flax.serialization numbers them."""

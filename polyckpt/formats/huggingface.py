@@ -9,13 +9,13 @@ from typing import Any
 
 import msgspec
 
+from polyckpt.adapter import Contents
 from polyckpt.errors import CorruptError
 from polyckpt.formats import safetensors, table
 from polyckpt.formats.described import Like, contents_of
 from polyckpt.formats.table import Format
 from polyckpt.formats.writing import Source
 from polyckpt.leaves import Leaf
-from polyckpt.snapshot import Contents
 from polyckpt.storage import tensor_file
 from polyckpt.storage.tensor_file import TensorFileReader
 

@@ -5,6 +5,7 @@ In all of them a variable is a dataset whose path says where in the model it is:
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import re
 import struct
@@ -18,6 +19,7 @@ import numpy as np
 
 from polyckpt.dtypes import lookup
 from polyckpt.errors import AdapterError, CorruptError, UnsupportedError
+from polyckpt.formats.archives import EntryCheck
 from polyckpt.formats.table import Format
 from polyckpt.leaves import Leaf
 
@@ -69,7 +71,8 @@ class Datasets:
         self.config: dict[str, Any] | None = None
         if is_archive(path):
             self.config = _config(path)
-            found = _datasets(path, _slice(path))
+            check = EntryCheck(path, WEIGHTS_IN_ARCHIVE)
+            found = {name: dataclasses.replace(leaf, check=check) for name, leaf in _datasets(path, _slice(path)).items()}
         elif is_shards(path):
             found = _shards(path)
         else:

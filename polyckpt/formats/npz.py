@@ -9,13 +9,13 @@ from typing import IO
 import numpy as np
 from numpy.lib import format as npy
 
+from polyckpt.adapter import Contents
 from polyckpt.dtypes import lookup
 from polyckpt.errors import CorruptError, UnsupportedError
 from polyckpt.formats.described import Like, contents_of
 from polyckpt.formats.table import Format
 from polyckpt.formats.writing import Source
 from polyckpt.leaves import Leaf
-from polyckpt.snapshot import Contents
 
 _SUFFIX = ".npy"
 

@@ -8,13 +8,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 from polyckpt import schema, snapshot
+from polyckpt.adapter import Contents
 from polyckpt.checkpoint import Checkpoint, StoredTensor
 from polyckpt.errors import NotACheckpointError, UnsupportedError
 from polyckpt.formats import table
 from polyckpt.formats.described import Like
 from polyckpt.formats.reading import ReadTensor
 from polyckpt.manifest import FILE_NAME
-from polyckpt.snapshot import Contents, Snapshot
+from polyckpt.snapshot import Snapshot
 from polyckpt.storage import local
 
 
@@ -34,9 +35,10 @@ class Captured(Checkpoint):
         )
 
     def verify(self) -> None:
-        """Read every tensor. Raises CorruptError for the first that cannot be read."""
+        """Read every tensor, and compare the checksums of the file. Raises CorruptError for the first that is not whole."""
         for section in (self.weights, self.optimizer, self.state):
             for tensor in section.stored.values():
+                tensor.verify()
                 tensor.raw()
 
     def _section(self, section: str) -> dict[str, StoredTensor]:
@@ -48,7 +50,10 @@ class Foreign(Captured):
     """A checkpoint in a format of others. format: its name. left_out: what of it is not read, one line each."""
 
     def __init__(self, path: Path, format: str, contents: Contents, *, verify: bool) -> None:
-        super().__init__(path, snapshot.compose(contents), verify=verify)
+        made = snapshot.compose(contents)
+        if verify:
+            made.sections.check_reads()
+        super().__init__(path, made, verify=verify)
         self.format, self.left_out = format, tuple(contents.left_out)
 
 

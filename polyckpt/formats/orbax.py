@@ -10,12 +10,12 @@ from typing import Any
 import msgspec
 
 from polyckpt import names
+from polyckpt.adapter import Contents
 from polyckpt.errors import CorruptError, UnsupportedError
 from polyckpt.formats.described import Like
 from polyckpt.formats.detyped import Tree, contents_of
 from polyckpt.formats.table import Format
 from polyckpt.leaves import Leaf
-from polyckpt.snapshot import Contents
 from polyckpt.storage.zarr_arrays import METADATA, ZarrArrays
 
 _CHECKPOINT = "_CHECKPOINT_METADATA"

@@ -15,7 +15,7 @@ from polyckpt.leaves import Leaf
 
 
 class ReadTensor(StoredTensor):
-    """A tensor of a file of another format, read when it is asked for. Such files have no checksums of ours."""
+    """A tensor of a file of another format, read when it is asked for. Such files have no checksums but their own, if any."""
 
     def __init__(self, path: Path, name: str, leaf: Leaf) -> None:
         self.name, self.dtype, self.shape = name, leaf.dtype, leaf.shape
@@ -26,7 +26,9 @@ class ReadTensor(StoredTensor):
         return (checksum(self.raw().data),)
 
     def verify(self) -> None:
-        """Nothing was noted when the file was written that its bytes could be compared with."""
+        """Compare what the file itself notes of its bytes, where it does. Raises CorruptError."""
+        if self._leaf.check is not None:
+            self._leaf.check()
 
     def raw(self) -> np.ndarray:
         array = np.asarray(self._leaf.read())

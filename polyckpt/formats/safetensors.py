@@ -5,13 +5,13 @@ from __future__ import annotations
 import functools
 from pathlib import Path
 
+from polyckpt.adapter import Contents
 from polyckpt.checkpoint import StoredTensor
 from polyckpt.dtypes import of_code
 from polyckpt.formats.described import Like, contents_of
 from polyckpt.formats.table import Format
 from polyckpt.formats.writing import Source
 from polyckpt.leaves import Leaf
-from polyckpt.snapshot import Contents
 from polyckpt.storage import tensor_file
 from polyckpt.storage.tensor_file import TensorFileReader
 
