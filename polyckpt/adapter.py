@@ -96,6 +96,7 @@ class Contents:
     adapter: whose names and layouts these are. optimizer_adapter: who restores the optimizer, where that is another one.
     scheduler, extra: entries of polyckpt.objects. probe: of polyckpt.parity. rng: tree by adapter. learning_rate: by default
     that of the optimizer. rates: of a schedule. versions: of packages. left_out: what of a file is not read, one line each.
+    check: of a file with checksums of its own, compares them with the bytes of a tensor, raising CorruptError.
     """
 
     adapter: str
@@ -114,6 +115,7 @@ class Contents:
     rates: schema.Rates | None = None
     versions: Mapping[str, str] = field(default_factory=dict)
     left_out: Sequence[str] = ()
+    check: Callable[[np.ndarray], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,13 +177,15 @@ class Restore:
     """A prepared restore: what does not fit, and the function that writes all that fits and returns the restored object.
 
     tensors: what `apply` will read, so that it can be verified before. undo: for an `apply` that runs foreign code and so
-    may fail; it puts back what was there before, and is called too where the `apply` of a later part fails.
+    may fail; it puts back what was there before, and is called too where the `apply` of a later part fails. finish: what
+    cannot fail, called once every `apply` of the load is over.
     """
 
     apply: Callable[[], Any]
     problems: Sequence[Problem] = ()
     tensors: Sequence[StoredTensor] = ()
     undo: Callable[[], Any] | None = None
+    finish: Callable[[], None] = lambda: None
 
 
 class Schedule(Protocol):

@@ -194,7 +194,7 @@ def load(
         return convert()  # not built yet, which the probe does
     if prepared["model"].problems and _is_of_another_library(checkpoint, adapter, parts.model):
         return convert()
-    if isinstance(checkpoint, opened.Foreign) and _differ_in_type_only(prepared["model"].problems):
+    if isinstance(checkpoint, opened.Foreign) and _differ_in_type_only(prepared["model"].problems, adapter, parts.model):
         # Others load float16 into float32; what may be rounded is decided as for any conversion.
         options = dataclasses.replace(
             options, pairs=[(unit.path, unit.path, None) for unit in conversion.side_of(checkpoint).units]
@@ -303,8 +303,11 @@ def export(
     return wanted
 
 
-def _differ_in_type_only(problems: Sequence[Problem]) -> bool:
-    return bool(problems) and all(problem.kind == "dtype" for problem in problems)
+def _differ_in_type_only(problems: Sequence[Problem], adapter: Adapter, model: Any) -> bool:
+    """Whether nothing but the element types of tensors differs; numbers of Python are none."""
+    if not problems or any(problem.kind != "dtype" for problem in problems):
+        return False
+    return {problem.name for problem in problems} <= adapter.capture_model(model).weights.keys()
 
 
 def _captured(restored: Restored) -> Checkpoint:
@@ -340,7 +343,7 @@ def _open(
 
     def described() -> Like | None:
         if like is not None:
-            return Like.of(like, required=True)
+            return Like.of(*(like if isinstance(like, tuple) and len(like) == 2 else (like,)), required=True)
         if model is None:
             return None
         try:
@@ -387,11 +390,38 @@ def _convert(
     probe = _probe(checkpoint, native)
     followed = dataclasses.replace(options, schedule=schedule)
     converted = conversion.prepare(checkpoint, probe, adapter, parts.model, followed, parts.optimizer)
-    restored, continued, report, problems = converted.run()
+    try:
+        restored, continued, report, problems = converted.run()
+    except MismatchError as error:
+        if isinstance(checkpoint, opened.Foreign) and (why := _why_not(checkpoint, error)):
+            raise why from error
+        raise
     if scheduler is not None:
         results["scheduler"] = scheduler
     report = dataclasses.replace(report, left_out=list(_left_out(native)))
     return _restored(checkpoint, parts, restored, continued, results, problems, report)
+
+
+def _why_not(checkpoint: opened.Foreign, error: MismatchError) -> MismatchError | None:
+    """The error of a conversion with what the file lacks, or what of it could not be read, where that led to it."""
+    text = str(error)
+    if not checkpoint.manifest.model.layers:
+        text = (
+            f"{checkpoint.path}: {table.named(checkpoint.format).title} holds names and values, and not what the layers are: "
+            f"pass like= a live model as it was saved (--like). Without it:\n{error}"
+        )
+    elif reasons := _unread_optimizer(checkpoint):
+        text = "\n  ".join([text, *reasons])
+    else:
+        return None
+    told = type(error)(text)
+    told.problems = error.problems
+    return told
+
+
+def _unread_optimizer(checkpoint: Checkpoint) -> list[str]:
+    """Why the optimizer that a file in a format of others holds is not read."""
+    return [each for each in getattr(checkpoint, "left_out", ()) if each.startswith("optimizer")]
 
 
 def _left_out(native: Mapping[str, Any]) -> Iterator[str]:
@@ -524,7 +554,10 @@ def _prepare_optimizer(checkpoint: Checkpoint, native: Mapping[str, Any], parts:
     described, entry, optimizer = checkpoint.manifest.optimizer, native.get("optimizer"), parts.optimizer
     kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
     if described is None or entry is None:
-        problem = Problem("missing", "optimizer", "(all of it; pass optimizer=False to load weights only)", live=kind)
+        stored = "; ".join(each.removeprefix("optimizer: ") for each in _unread_optimizer(checkpoint)) or "absent"
+        problem = Problem(
+            "missing", "optimizer", "(all of it; pass optimizer=False to load weights only)", stored=stored, live=kind
+        )
         return Restore(apply=lambda: optimizer, problems=[problem])
     adapter = registry.find(optimizer) or owner
     if adapter.name != entry["adapter"]:
@@ -556,4 +589,6 @@ def _apply(prepared: Mapping[str, Restore]) -> dict[str, Any]:
                     with contextlib.suppress(Exception):
                         earlier.undo()
             raise
+    for restore in done:
+        restore.finish()
     return results

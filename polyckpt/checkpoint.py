@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 import os
 import weakref
@@ -10,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -26,7 +25,8 @@ if TYPE_CHECKING:
     from polyckpt.storage.array_directory import ArrayDirectoryReader
 
 _ATTEMPTS = 20
-_SMALL_ELEMENTS = 1 << 14
+_SMALL = 1 << 14
+_T = TypeVar("_T")
 
 
 class StoredTensor:
@@ -235,23 +235,31 @@ class Checkpoint:
 
 def verify_all(tensors: Iterable[StoredTensor], done: Callable[[StoredTensor], None] | None = None) -> None:
     """Verify tensors in a few threads: hashing and reading release the GIL. done: called with each that is whole."""
-    # One task for all that is small: handing over a task costs more than hashing a kilobyte.
-    batches: list[list[StoredTensor]] = [[]]
-    for tensor in tensors:
-        if math.prod(tensor.shape) < _SMALL_ELEMENTS:
-            batches[0].append(tensor)
-        else:
-            batches.append([tensor])
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        for _ in pool.map(functools.partial(_verify_batch, done=done), batches):
-            pass
 
-
-def _verify_batch(batch: list[StoredTensor], done: Callable[[StoredTensor], None] | None) -> None:
-    for tensor in batch:
+    def verify(tensor: StoredTensor) -> None:
         tensor.verify()
         if done is not None:
             done(tensor)
+
+    in_threads(tensors, verify, size=lambda tensor: math.prod(tensor.shape))
+
+
+def in_threads(items: Iterable[_T], work: Callable[[_T], object], *, size: Callable[[_T], int]) -> None:
+    """Do work that releases the GIL in a few threads. size: of an item, in elements or bytes. Raises the first error."""
+    large, small = [], []
+    for item in items:
+        (small if size(item) < _SMALL else large).append(item)
+    if len(large) < 2:
+        for item in (*large, *small):
+            work(item)
+        return
+    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
+        tasks = [pool.submit(work, item) for item in large]
+        # To hand over a task costs more than to hash a kilobyte.
+        for item in small:
+            work(item)
+        for task in tasks:
+            task.result()
 
 
 def _release(lock: int, pid: int) -> None:
@@ -272,9 +280,6 @@ def _identity(path: Path) -> tuple[int, int, int] | None:
 
 def _read(path: Path) -> bytes:
     try:
-        size_bytes = path.stat().st_size
-        if size_bytes > manifest_file.MAX_BYTES:
-            raise CorruptError(f"{path}: {size_bytes} bytes; a manifest has at most {manifest_file.MAX_BYTES}")
-        return path.read_bytes()
+        return local.read_manifest(path)
     except OSError as error:
         raise StorageError(error.errno, f"cannot read {path}: {error.strerror}") from error

@@ -74,7 +74,7 @@ class TorchAdapter:
         if _are_several(optimizer):
             return several.prepare(optimizer, stored, parameters, "optimizer")
         refused = several.refuse(optimizer, stored, "optimizer")
-        return refused or optimizers.prepare(optimizer, stored, parameters, "optimizer")
+        return refused or optimizers.prepare(optimizer, stored, parameters, "optimizer", in_place=True)
 
     def continue_optimizer(self, optimizer: Any, continuation: Continuation, captured: ModelCapture, model: Any) -> Restore:
         go_on = several.continue_ if _are_several(optimizer) else optimizers.continue_

@@ -88,11 +88,14 @@ def prepare(model: Any, stored: StoredModel, section: str) -> Restore:
 
     def apply() -> Any:
         fitting = [name for name in live if name in stored.weights and name not in unfit]
-        plain = {live[name].key: tensors.mapped(stored.weights[name]) for name in fitting if not _expanded(live[name].value)}
+        foreign = isinstance(model, nn.Module) and _runs_foreign_code(model)
+        whole = [name for name in fitting if not _expanded(live[name].value)]
+        # Torch's own code, which changes no values, gets those that are there: they are written afterwards.
+        plain = {live[name].key: tensors.mapped(stored.weights[name]) if foreign else live[name].value for name in whole}
         rest = {live[name].key: value for name, value in values.items() if name not in unfit}
         by_hand = fitting
         if isinstance(model, nn.Module):
-            if _runs_foreign_code(model):
+            if foreign:
                 # With torch's own code alone nothing can fail here, and a copy of everything costs its memory.
                 before.update({name: live[name].value.detach().clone() for name in fitting})
             try:
@@ -101,6 +104,8 @@ def prepare(model: Any, stored: StoredModel, section: str) -> Restore:
                 refusal = f"{section}: {type(model).__name__}.load_state_dict() refused what was stored: {error}"
                 raise MismatchError(refusal) from error
             by_hand = [name for name in fitting if live[name].key not in plain]
+            if not foreign:
+                tensors.write_all((live[name].value, stored.weights[name]) for name in whole)
         with torch.no_grad():
             for name in by_hand:
                 # Writing one element of an expanded axis writes them all.

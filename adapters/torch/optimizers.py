@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field, replace
@@ -286,27 +286,41 @@ def _read(row: Row, group: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def prepare(
-    optimizer: torch.optim.Optimizer, stored: StoredOptimizer, parameters: Sequence[tuple[str, Any]], section: str
+    optimizer: torch.optim.Optimizer,
+    stored: StoredOptimizer,
+    parameters: Sequence[tuple[str, Any]],
+    section: str,
+    *,
+    in_place: bool = False,
 ) -> Restore:
-    """Compare an optimizer with a stored one by the names of parameters, not by their position."""
+    """Compare an optimizer with a stored one by the names of parameters, not by their position.
+
+    in_place: let slots that are there be written where they lie, by `finish`, which the caller then must call.
+    """
     names = names_of(optimizer, parameters)
     native = _read_native(stored.native)
     problems = list(_problems(optimizer, stored, native, names, section))
     unfit = {problem.name for problem in problems}
 
     before: list[Callable[[], None]] = []
+    reused: dict[int, tuple[torch.Tensor, StoredTensor]] = {}
 
     def apply() -> torch.optim.Optimizer:
         if _TYPE not in unfit and _GROUPS not in unfit:
             before.append(_snapshot(optimizer, native.parameters.keys() - unfit, names))
+            if in_place:
+                reused.update(_reusable(optimizer, stored, names, unfit))
             try:
                 with torch.inference_mode(False):
-                    _write(optimizer, stored, native, names, unfit)
+                    _write(optimizer, stored, native, names, unfit, {key: slot for key, (slot, _) in reused.items()})
                     _follow(optimizer, native)
             except Exception as error:
                 refusal = f"{section}: {type(optimizer).__name__}.load_state_dict() refused what was stored: {error}"
                 raise MismatchError(refusal) from error
         return optimizer
+
+    def finish() -> None:
+        tensors.write_all(reused.values())
 
     slots = [tensor for entries in stored.slots.values() for tensor in entries.values()]
     return Restore(
@@ -314,7 +328,40 @@ def prepare(
         problems=problems,
         tensors=[*slots, *residue.tensors(stored.native)],
         undo=lambda: before[0]() if before else None,
+        finish=finish,
     )
+
+
+def _reusable(
+    optimizer: torch.optim.Optimizer, stored: StoredOptimizer, names: Sequence[str], unfit: set[str]
+) -> dict[int, tuple[torch.Tensor, StoredTensor]]:
+    """The stored slots, by identity, that fit into live ones whose memory nothing else has: it is mapped already."""
+    parameters = dict(zip(names, _flat(optimizer), strict=True))
+    live = {
+        (slot, name): value
+        for name, parameter in parameters.items()
+        if name not in unfit
+        for slot, value in optimizer.state.get(parameter, {}).items()
+        if type(value) is torch.Tensor and value.layout is torch.strided
+    }
+    places = Counter(tensor.untyped_storage().data_ptr() for tensor in (*live.values(), *parameters.values()))
+    found: dict[int, tuple[torch.Tensor, StoredTensor]] = {}
+    for slot, entries in stored.slots.items():
+        for name, tensor in entries.items():
+            value = live.get((slot, name))
+            if (
+                value is not None
+                and (tuple(value.shape), tensors.DTYPE_NAMES.get(value.dtype)) == (tensor.shape, tensor.dtype)
+                and _is_laid_out_like(value, parameters[name])
+                and places[value.untyped_storage().data_ptr()] == 1
+                and not value.is_inference()
+            ):
+                found.setdefault(id(tensor), (value, tensor))
+    return found
+
+
+def _is_laid_out_like(value: torch.Tensor, parameter: torch.Tensor) -> bool:
+    return value.stride() == parameter.stride() if value.shape == parameter.shape else value.is_contiguous()
 
 
 def _snapshot(optimizer: torch.optim.Optimizer, foreign: AbstractSet[str], names: Sequence[str]) -> Callable[[], None]:
@@ -415,12 +462,17 @@ def _problems(
 
 
 def _write(
-    optimizer: torch.optim.Optimizer, stored: StoredOptimizer, native: _Native, names: Sequence[str], unfit: set[str]
+    optimizer: torch.optim.Optimizer,
+    stored: StoredOptimizer,
+    native: _Native,
+    names: Sequence[str],
+    unfit: set[str],
+    reused: Mapping[int, torch.Tensor],
 ) -> None:
     index_of = {name: index for index, name in enumerate(names) if name not in unfit}
     state: dict[Any, dict[Any, Any]] = {}
     exact: dict[tuple[int, str], torch.Tensor] = {}
-    copies: dict[int, torch.Tensor] = {}
+    copies = dict(reused)
     for slot, entries in stored.slots.items():
         for name, tensor in entries.items():
             if name in index_of:

@@ -88,7 +88,7 @@ def prepare(several: Optimizers, stored: StoredOptimizer, parameters: Parameters
     for optimizer, each in zip(several, saved, strict=True):
         # Slots of parameters that an optimizer does not have are nothing to it.
         own = StoredOptimizer(type=each["type"], slots=stored.slots, native=each["state"])
-        parts.append(single.prepare(optimizer, own, parameters, section))
+        parts.append(single.prepare(optimizer, own, parameters, section, in_place=True))
     return _together(several, parts)
 
 
@@ -136,7 +136,12 @@ def _together(several: Optimizers, parts: Sequence[Restore]) -> Restore:
             if part.undo:
                 part.undo()
 
+    def finish() -> None:
+        for part in parts:
+            part.finish()
+
     return Restore(
+        finish=finish,
         apply=apply,
         problems=[problem for part in parts for problem in part.problems],
         tensors=[tensor for part in parts for tensor in part.tensors],
