@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from polyckpt import manifest as manifest_file
-from polyckpt.checksums import BLOCK_BYTES, Hasher
+from polyckpt.checksums import checksum_in_blocks
 from polyckpt.dtypes import lookup
 from polyckpt.errors import CheckpointError, CorruptError, StorageError
 from polyckpt.schema import ArrayDirectory, Chunk, Manifest, Tensor, TensorFile
@@ -57,18 +57,17 @@ class StoredTensor:
         return f"<StoredTensor {self.name!r} {self}>"
 
     def verify(self) -> None:
-        """Compare every byte with its checksum, once. Raises CorruptError naming file, tensor and both checksums."""
+        """Compare every byte with its checksum, once. Raises CorruptError naming file, tensor, place and both checksums."""
         if self._verified:
             return
         for chunk in self._tensor.chunks:
-            data = self._chunk_bytes(chunk).data
-            hasher = Hasher()
-            for start in range(0, len(data), BLOCK_BYTES):
-                hasher.update(data[start : start + BLOCK_BYTES])
-            if hasher.result() != chunk.checksum:
+            found = checksum_in_blocks(self._chunk_bytes(chunk).data)
+            if found != chunk.checksum:
+                entry = self._files.reader(chunk.file).entries[chunk.key]
+                place = f"bytes {entry.start} to {entry.end} have" if entry.end else "the values have"
                 raise CorruptError(
                     f"{self._files.path / chunk.file}: {self.name}: the manifest says {chunk.checksum}, "
-                    f"the bytes have {hasher.result()}: they changed after they were written"
+                    f"{place} {found}: they changed after they were written"
                 )
         self._verified = True
 

@@ -11,16 +11,18 @@ import contextlib
 import ctypes
 import errno
 import fcntl
+import functools
 import os
 import re
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from polyckpt.errors import CheckpointExistsError, NotACheckpointError, StorageError
-from polyckpt.manifest import FILE_NAME
+from polyckpt.errors import CheckpointExistsError, CorruptError, NotACheckpointError, StorageError
+from polyckpt.manifest import FILE_NAME, MAX_BYTES
 
 TEMPORARY_PREFIX = ".polyckpt-tmp-"
 _REPLACED_SUFFIX = ".polyckpt-replaced"
@@ -87,11 +89,16 @@ def replacing(target: Path, *, overwrite: bool) -> Iterator[Path]:
         try:
             sync_directory(temporary)
             _commit(temporary, target, overwrite)
-            sync_directory(parent)
         except CheckpointExistsError:
             raise
         except OSError as error:
             raise StorageError(error.errno, f"cannot save to {target}: {error.strerror}") from error
+        try:
+            sync_directory(parent)
+        except OSError as error:
+            raise StorageError(
+                error.errno, f"{target} is saved, but a loss of power might undo that: cannot sync {parent}: {error.strerror}"
+            ) from error
     finally:
         # After a replacement this is the old checkpoint, after a failure the unfinished one, else nothing.
         shutil.rmtree(temporary, ignore_errors=True)
@@ -153,7 +160,8 @@ def unlock(lock: int) -> None:
     """Give up the lock on a directory. Closing alone would leave it with every process that was forked meanwhile."""
     with contextlib.suppress(OSError):
         fcntl.flock(lock, fcntl.LOCK_UN)
-    os.close(lock)
+    with contextlib.suppress(OSError):  # it is closed whatever the system says
+        os.close(lock)
 
 
 def lock_to_read(path: Path) -> int | None:
@@ -192,6 +200,56 @@ def write_file(path: Path, data: bytes) -> None:
             os.fsync(file.fileno())
     except OSError as error:
         raise StorageError(error.errno, f"cannot write {path}: {error.strerror}") from error
+
+
+def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
+    """A descriptor of the regular file `path`. A symbolic link is followed to read, but never to write.
+
+    Raises CorruptError for what is no regular file, OSError where the system refuses.
+    """
+    writes = flags & os.O_ACCMODE != os.O_RDONLY
+    try:
+        # Without O_NONBLOCK a planted FIFO would block for ever.
+        descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC | (os.O_NOFOLLOW if writes else 0), 0o666)
+    except OSError as error:
+        if writes and error.errno == errno.ELOOP:
+            raise OSError(errno.ELOOP, "a symbolic link, behind which nothing is written; remove it") from error
+        raise
+    try:
+        regular = stat.S_ISREG(os.fstat(descriptor).st_mode)
+    except OSError:
+        os.close(descriptor)
+        raise
+    if not regular:
+        os.close(descriptor)
+        raise CorruptError(f"{path}: not a regular file")
+    return descriptor
+
+
+def read_at(descriptor: int, size_bytes: int, offset: int = 0) -> bytes:
+    """So many bytes from `offset` on, fewer only where the file ends: the system may give less than it was asked for."""
+    blocks = []
+    while block := os.pread(descriptor, size_bytes, offset):
+        blocks.append(block)
+        size_bytes, offset = size_bytes - len(block), offset + len(block)
+    return b"".join(blocks)
+
+
+def read_file(path: Path, limit: int, what: str) -> bytes:
+    """The bytes of a regular file. Raises as `open_file` does, and CorruptError where they are more than `what` may have."""
+    descriptor = open_file(path)
+    try:
+        size_bytes = os.fstat(descriptor).st_size
+        if size_bytes > limit:
+            raise CorruptError(f"{path}: {size_bytes} bytes; {what} has at most {limit}")
+        return read_at(descriptor, size_bytes)
+    finally:
+        os.close(descriptor)
+
+
+def read_manifest(path: Path) -> bytes:
+    """The bytes of a manifest. Raises as `read_file` does."""
+    return read_file(path, MAX_BYTES, "a manifest")
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
@@ -243,6 +301,10 @@ def _create_temporary(parent: Path) -> tuple[Path, int]:
             lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except FileNotFoundError:
             continue  # a neighbour took the still unlocked directory for a leftover
+        except OSError:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+            raise
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -256,22 +318,34 @@ def _create_temporary(parent: Path) -> tuple[Path, int]:
 
 
 def remove_leftovers(parent: Path) -> None:
-    """Remove what killed writers left in `parent`."""
-    for path in parent.glob(f"{TEMPORARY_PREFIX}*"):
-        if path.is_symlink():
-            path.unlink(missing_ok=True)
-            continue
-        try:
-            lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(path, ignore_errors=True)
-        except OSError:
-            pass  # its writer lives, or locks are not to be had
-        finally:
-            os.close(lock)
+    """Remove what killed writers left in `parent`; what cannot be removed now can wait."""
+    with contextlib.suppress(OSError):
+        for path in parent.glob(f"{TEMPORARY_PREFIX}*"):
+            with contextlib.suppress(OSError):
+                _remove_leftover(path)
+
+
+def _remove_leftover(path: Path) -> None:
+    """Remove one, unless its writer lives, or locks are not to be had."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+        return
+    lock = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _remove(path)
+    finally:
+        os.close(lock)
+
+
+def _remove(path: Path) -> None:
+    """Remove a directory that nobody needs, once what is in its place is certain to stay there.
+
+    It may hold the checkpoint that was replaced by a save which was killed: without the sync, a loss of power could undo the
+    replacement but not the removal.
+    """
+    sync_directory(path.parent)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 def _replaced(target: Path) -> Path:
@@ -283,7 +357,7 @@ def _recover(target: Path) -> None:
     replaced = _replaced(target)
     if replaced.exists():
         if target.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
+            _remove(replaced)
         else:
             os.rename(replaced, target)
 
@@ -305,13 +379,13 @@ def _commit(temporary: Path, target: Path, overwrite: bool) -> None:
     except OSError:
         os.rename(_replaced(target), target)
         raise
-    shutil.rmtree(_replaced(target), ignore_errors=True)
+    _remove(_replaced(target))
 
 
 def _exchange(first: Path, second: Path) -> bool:
     """Swap two directories in one step; False where the system or the file system cannot."""
     names = (os.fsencode(first), os.fsencode(second))
-    library = ctypes.CDLL(None, use_errno=True)
+    library = _library()
     if sys.platform == "linux" and hasattr(library, "renameat2"):
         at_cwd, rename_exchange = -100, 2
         failed = library.renameat2(at_cwd, names[0], at_cwd, names[1], ctypes.c_uint(rename_exchange))
@@ -323,6 +397,18 @@ def _exchange(first: Path, second: Path) -> bool:
     if failed and (code := ctypes.get_errno()) not in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
         raise OSError(code, os.strerror(code), os.fspath(second))
     return not failed
+
+
+def begin_writeback(descriptor: int, start: int, size_bytes: int) -> None:
+    """Have the system begin to write a part of a file to the disk, where it can be told so. Nothing is durable by that."""
+    if sys.platform == "linux" and (call := getattr(_library(), "sync_file_range", None)) is not None:
+        sync_file_range_write = 2
+        call(descriptor, ctypes.c_int64(start), ctypes.c_int64(size_bytes), ctypes.c_uint(sync_file_range_write))
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL(None, use_errno=True)
 
 
 def sync_directory(path: Path) -> None:

@@ -71,8 +71,7 @@ class RunDirectory:
                     others.append(entry.name)
                 continue
             try:
-                with open(source, "rb") as file:
-                    head = manifest.decode_head(file.read(manifest.MAX_BYTES), source)
+                head = manifest.decode_head(local.read_manifest(Path(source)), source)
             except FileNotFoundError:
                 if known and entry.name in known and os.path.isdir(entry.path):  # else it was deleted meanwhile
                     damaged[entry.name] = CorruptError(f"{entry.path}: it has no {manifest.FILE_NAME}")
@@ -110,7 +109,7 @@ class RunDirectory:
             )
         path = self.path / LOCK_NAME
         try:
-            lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            lock = local.open_file(path, os.O_RDWR | os.O_CREAT)
         except OSError as error:
             raise StorageError(error.errno, f"cannot write {path}: {error.strerror}") from error
         try:
@@ -190,13 +189,13 @@ class RunDirectory:
     def link(self, link: str, name: str | None) -> bool:
         """Let the symbolic link `link` point to a checkpoint, or be gone; False where something else has its name."""
         path = self.path / link
-        if os.path.lexists(path):
-            if not path.is_symlink() or not _NAME.match(os.readlink(path)):
-                return False
-            if os.readlink(path) == name:
-                return True
         # Not every file system has links, and nothing depends on these.
         with contextlib.suppress(OSError):
+            if os.path.lexists(path):
+                if not path.is_symlink() or not _NAME.match(os.readlink(path)):
+                    return False
+                if os.readlink(path) == name:
+                    return True
             if name is None:
                 path.unlink(missing_ok=True)
             else:

@@ -11,10 +11,10 @@ import json
 import math
 import mmap
 import os
-import stat
 import struct
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,16 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from polyckpt.checksums import BLOCK_BYTES, Hasher, checksum
+from polyckpt.checksums import BLOCK_BYTES, checksum, checksum_in_blocks
 from polyckpt.dtypes import lookup, size_problem
 from polyckpt.errors import CorruptError, StorageError, UnsupportedError
 from polyckpt.leaves import Leaf
 from polyckpt.schema import TensorFile
+from polyckpt.storage import local
 
 _METADATA = "__metadata__"
 ALIGNMENT_BYTES = 64
+WRITEBACK_BYTES = 1 << 24
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors package: a file beyond it could not be opened by other tools."""
 
@@ -63,17 +65,17 @@ def write(path: Path, leaves: Mapping[str, Leaf], metadata: Mapping[str, str]) -
     checksums: dict[str, str] = {}
     size_bytes = len(header)
     try:
-        with open(path, "xb", buffering=0) as file:
-            _write_all(file, memoryview(header))
+        with open(path, "xb", buffering=0) as file, ThreadPoolExecutor(1, "polyckpt-checksums") as beside:
+            output = _Output(file)
+            output.add(memoryview(header))
             for key, leaf in ordered:
                 data = _bytes_of(key, leaf)
-                hasher = Hasher()
-                for start in range(0, len(data), BLOCK_BYTES):
-                    block = data[start : start + BLOCK_BYTES]
-                    hasher.update(block)
-                    _write_all(file, block)
-                checksums[key] = hasher.result()
+                # To hand over a task costs more than to hash a few kilobytes.
+                hashed = beside.submit(checksum_in_blocks, data) if len(data) >= BLOCK_BYTES else None
+                output.add(data)
+                checksums[key] = hashed.result() if hashed else checksum(data)
                 size_bytes += len(data)
+            output.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise StorageError(error.errno, f"cannot write {path}: {error.strerror}") from error
@@ -117,10 +119,36 @@ def _bytes_of(key: str, leaf: Leaf) -> memoryview:
     return array.reshape(-1).view(np.uint8).data
 
 
-def _write_all(file: Any, data: memoryview) -> None:
-    while data:
-        # The system may take less than it was given: near a limit, and at 2 GiB always.
-        data = data[file.write(data) :]
+class _Output:
+    """A file that is written from front to back: what is small is gathered, what is large is on its way to the disk early."""
+
+    def __init__(self, file: Any) -> None:
+        self._file, self._gathered, self._written = file, bytearray(), 0
+
+    def add(self, data: memoryview) -> None:
+        """Write `data` after all that was added before, or keep it until there is more."""
+        if len(data) < BLOCK_BYTES:
+            self._gathered += data
+            if len(self._gathered) >= BLOCK_BYTES:
+                self.flush()
+            return
+        self.flush()
+        for start in range(0, len(data), WRITEBACK_BYTES):
+            self._write(data[start : start + WRITEBACK_BYTES])
+
+    def flush(self) -> None:
+        """Write what was kept."""
+        self._write(memoryview(self._gathered))
+        self._gathered = bytearray()
+
+    def _write(self, data: memoryview) -> None:
+        rest = data
+        while rest:
+            # The system may take less than it was given: near a limit, and at 2 GiB always.
+            rest = rest[self._file.write(rest) :]
+        # The disk works while more is copied to the system, and the sync at the end has less to wait for.
+        local.begin_writeback(self._file.fileno(), self._written, len(data))
+        self._written += len(data)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -154,16 +182,13 @@ class TensorFileReader:
         """
         self.path = directory / name
         try:
-            # Without O_NONBLOCK a planted FIFO would block for ever.
-            descriptor = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            descriptor = local.open_file(self.path)
         except FileNotFoundError as error:
             raise CorruptError(f"{self.path}: missing, but the manifest names it") from error
         except OSError as error:
             raise StorageError(error.errno, f"cannot read {self.path}: {error.strerror}") from error
         try:
             status = os.fstat(descriptor)
-            if not stat.S_ISREG(status.st_mode):
-                raise CorruptError(f"{self.path}: not a regular file")
             if stated and status.st_size != stated.size_bytes:
                 raise CorruptError(f"{self.path}: {status.st_size} bytes, but the manifest says {stated.size_bytes}")
             header = self._read_header(descriptor, status.st_size)
@@ -187,7 +212,7 @@ class TensorFileReader:
         return self._bytes[entry.start : entry.end]
 
     def _read_header(self, descriptor: int, size_bytes: int) -> bytes:
-        prefix = os.pread(descriptor, 8, 0)
+        prefix = local.read_at(descriptor, 8)
         if len(prefix) < 8:
             raise CorruptError(f"{self.path}: {size_bytes} bytes are too few for a tensor file")
         (length,) = struct.unpack("<Q", prefix)
@@ -195,7 +220,7 @@ class TensorFileReader:
             raise CorruptError(
                 f"{self.path}: its header claims {length} bytes; the file has {size_bytes} and the limit is {MAX_HEADER_BYTES}"
             )
-        header = os.pread(descriptor, 8 + length, 0)
+        header = local.read_at(descriptor, 8 + length)
         if len(header) != 8 + length:
             raise CorruptError(f"{self.path}: ended within its header")
         return header
