@@ -46,6 +46,16 @@ class StoredTensor:
         return lookup(self.dtype, self.name).itemsize
 
     @property
+    def size_bytes(self) -> int:
+        """The bytes of all elements."""
+        return math.prod(self.shape) * self.itemsize
+
+    @property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """Where it lies."""
+        return self._tensor.chunks
+
+    @property
     def checksums(self) -> tuple[str, ...]:
         """Equal for tensors of equal bytes."""
         return tuple(chunk.checksum for chunk in self._tensor.chunks)

@@ -78,6 +78,7 @@ class CheckpointManager:
         missing: Literal["error", "warn"] = "error",
         async_save: bool = False,
         store: str | None = None,
+        link_unchanged: bool = False,
         preemption: bool | Iterable[signal.Signals] = False,
     ) -> None:
         """Nothing is read or written yet.
@@ -87,8 +88,10 @@ class CheckpointManager:
         monitor. keep_last: how many of the newest, None for all. keep: further policies, such as BestBy("val_acc", keep=2) or
         KeepEvery(epochs=10); a checkpoint stays that any one of them keeps. every: which calls of `save` save; by default
         all. patience, min_delta: short for early_stopping=EarlyStopping(patience, min_delta). missing: what a call does whose
-        metrics lack one that is decided by. async_save: write in the background. store: as in polyckpt.save. preemption: True
-        to save and exit where SIGTERM arrives, or the signals to do so.
+        metrics lack one that is decided by. async_save: write in the background. store: as in polyckpt.save.
+        link_unchanged: not to write again what has not changed since the checkpoint before, such as frozen weights: the file
+        gets a hard link in the new one, so that both depend on the same bytes of the disk. preemption: True to save and exit
+        where SIGTERM arrives, or the signals to do so.
 
         Raises PolicyError for what decides nothing, RunError for preemption outside the main thread.
         """
@@ -111,6 +114,7 @@ class CheckpointManager:
         self._missing = missing
         self._async = async_save
         self._store = store
+        self._links = link_unchanged
         self._staging = Staging()
         self._background = Background(f"polyckpt {self.directory.name}")
         self._files = RunDirectory(self.directory)
@@ -468,7 +472,15 @@ class CheckpointManager:
         assert self._run.id is not None and record.name is not None
         run = schema.Run(id=self._run.id, sequence=record.sequence)
         path = self.directory / record.name
-        captured.write(path, time=record.time, run=run, before_commit=self._history.sync, store=self._store)
+        last = self._run.checkpoints[-1].name if self._links and self._run.checkpoints else None
+        captured.write(
+            path,
+            time=record.time,
+            run=run,
+            before_commit=self._history.sync,
+            store=self._store,
+            before=None if last is None else self.directory / last,
+        )
         self._run.checkpoints = (*self._run.checkpoints, record)
         self._writing = None
         logger.info("saved %s", path)

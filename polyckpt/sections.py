@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from polyckpt import scalars, schema
+import numpy as np
+
+from polyckpt import scalars, schema, unchanged
+from polyckpt.checkpoint import Checkpoint
 from polyckpt.errors import UnsupportedError
 from polyckpt.leaves import Leaf
 from polyckpt.names import join, split
@@ -47,6 +50,11 @@ class Sections:
             name = join([*path, f"({suffix})"])
         return self.add("state", name, leaf)
 
+    def compare(self, check: Callable[[np.ndarray], None]) -> None:
+        """Have `check` compare the bytes of every tensor when it is checked."""
+        for leaves in self.leaves.values():
+            leaves.update({name: leaf.compared(check) for name, leaf in leaves.items()})
+
     def check_reads(self) -> None:
         """Have every tensor of a file with checksums of its own compared with them before it is read."""
         for leaves in self.leaves.values():
@@ -59,33 +67,43 @@ class Sections:
             section, _, name = key.partition("/")
             self.leaves[section][name] = leaf
 
-    def write(self, directory: Path, metadata: Mapping[str, str], store: str | None = None) -> dict[str, Any]:
+    def write(
+        self, directory: Path, metadata: Mapping[str, str], store: str | None = None, before: Checkpoint | None = None
+    ) -> dict[str, Any]:
         """Write all tensors; returns the members of the manifest that say where they lie.
 
         One tensor file per section that has tensors, weights always. store: what writes weights and slots instead, into an
-        array directory.
+        array directory. before: a checkpoint whose files are linked where they hold what has not changed.
         """
         held = self._given_to(store)
         arrays = {}
         if any(held.values()):
             assert store is not None
             arrays[array_directory.NAME] = array_directory.write(directory, store, held)
-        files: dict[str, schema.TensorFile] = {}
+        ours = {
+            section: {name: leaf for name, leaf in leaves.items() if name not in held[section]}
+            for section, leaves in self.leaves.items()
+        }
+        linked = unchanged.link(before, ours, directory) if before is not None else unchanged.NOTHING
+        files: dict[str, schema.TensorFile] = {**linked.files}
         tensors: dict[str, dict[str, schema.Tensor]] = {}
         for section, leaves in self.leaves.items():
-            tensors[section] = {
+            found = {
                 name: _whole(leaf, array_directory.NAME, join([section, *split(name)]), array_directory.checksum_of(leaf))
                 for name, leaf in held[section].items()
             }
-            rest = {name: leaf for name, leaf in leaves.items() if name not in held[section]}
-            if not rest and (held[section] or section != "weights"):
+            found |= linked.tensors.get(section, {})
+            rest = {name: leaf for name, leaf in leaves.items() if name not in found}
+            tensors[section] = found
+            if not rest and (found or section != "weights"):
                 continue
             file = f"{section}.safetensors"
             keys = {_key(name, leaves): leaf for name, leaf in rest.items()}
             written = tensor_file.write(directory / file, keys, metadata if section == "weights" else {})
             files[file] = written.entry
             for (name, leaf), key in zip(rest.items(), keys, strict=True):
-                tensors[section][name] = _whole(leaf, file, key, written.checksums[key])
+                found[name] = _whole(leaf, file, key, written.checksums[key])
+            tensors[section] = {name: found[name] for name in leaves}
         return {"files": files, "tensors": tensors, "arrays": arrays}
 
     def _given_to(self, store: str | None) -> dict[str, dict[str, Leaf]]:

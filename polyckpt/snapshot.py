@@ -13,6 +13,8 @@ import numpy as np
 
 from polyckpt import __version__, manifest, objects, parity, registry, residue, schema
 from polyckpt.adapter import Contents, OptimizerCapture
+from polyckpt.checkpoint import Checkpoint
+from polyckpt.errors import CheckpointError, StorageError
 from polyckpt.leaves import Leaf
 from polyckpt.scalars import Scalar, count, learning_rate, scalar, text
 from polyckpt.sections import Sections
@@ -44,16 +46,17 @@ class Snapshot:
         run: schema.Run | None = None,
         before_commit: Callable[[], None] = lambda: None,
         store: str | None = None,
+        before: Path | None = None,
     ) -> None:
         """Write the checkpoint `target`, whole or not at all.
 
-        store: as in polyckpt.save.
+        store: as in polyckpt.save. before: a checkpoint whose files are linked where they hold what has not changed.
         time: that of the save, in seconds since 1970; by default now. before_commit: called when all is written but not yet
         in place. Raises as polyckpt.save does.
         """
         saved_at = datetime.datetime.now(datetime.UTC) if time is None else datetime.datetime.fromtimestamp(time, datetime.UTC)
         with local.replacing(target, overwrite=overwrite) as directory:
-            where = self.sections.write(directory, self.metadata, store)
+            where = self.sections.write(directory, self.metadata, store, None if before is None else _opened(before))
             finished = schema.Manifest(**self.draft, saved_at_utc=saved_at.isoformat(timespec="seconds"), run=run, **where)
             local.write_file(directory / manifest.FILE_NAME, manifest.encode(finished))
             before_commit()
@@ -142,6 +145,14 @@ def compose(contents: Contents) -> Snapshot:
         "assumptions": tuple(captured.assumptions),
     }
     return Snapshot(draft, sections, captured.metadata)
+
+
+def _opened(path: Path) -> Checkpoint | None:
+    """A checkpoint, unless it is damaged: then there is nothing in it to link."""
+    try:
+        return Checkpoint(path, verify=False)
+    except (CheckpointError, StorageError):
+        return None
 
 
 def numbers(metrics: Mapping[str, Scalar] | None) -> dict[str, float]:

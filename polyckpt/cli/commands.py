@@ -12,9 +12,8 @@ import msgspec
 import typer
 
 from polyckpt import differences, schema
-from polyckpt.checkpoint import StoredTensor, verify_all
+from polyckpt.checkpoint import verify_all
 from polyckpt.cli import factories, pictures, runs, screen
-from polyckpt.dtypes import lookup
 from polyckpt.errors import CheckpointError, PlanError, PolicyError
 from polyckpt.formats import table
 from polyckpt.formats.opened import Foreign, open_
@@ -157,7 +156,7 @@ def show(checkpoint: CheckpointPath, like: LikeOption = None, json: AsJson = Fal
             tensor.dtype,
             _shape(tensor.shape),
             axes.get(name, ""),
-            f"= {aliases[name]}" if name in aliases else screen.size(_bytes(tensor)),
+            f"= {aliases[name]}" if name in aliases else screen.size(tensor.size_bytes),
         )
         for name, tensor in weights.items()
     ]
@@ -188,10 +187,6 @@ def _shape(shape: tuple[int, ...]) -> str:
     return " x ".join(map(str, shape)) or "scalar"
 
 
-def _bytes(tensor: StoredTensor) -> int:
-    return math.prod(tensor.shape) * lookup(tensor.dtype, tensor.name).numpy.itemsize
-
-
 @app.command()
 def verify(
     paths: Annotated[list[Path], typer.Argument(metavar="PATH...", help="Checkpoints, or directories of them.")],
@@ -220,10 +215,10 @@ def _verified(path: Path) -> str:
         return f"({count} tensors can be read; the format has no checksums of ours)"
     sections = opened.weights, opened.optimizer, opened.state
     tensors = {id(tensor): tensor for section in sections for tensor in section.stored.values()}
-    total = sum(map(_bytes, tensors.values()))
+    total = sum(tensor.size_bytes for tensor in tensors.values())
     with screen.progress() as bar:
         task = bar.add_task(path.name, total=total)
-        verify_all(tensors.values(), lambda tensor: bar.advance(task, _bytes(tensor)))
+        verify_all(tensors.values(), lambda tensor: bar.advance(task, tensor.size_bytes))
     return f"({len(tensors)} tensors, {screen.size(total)})"
 
 

@@ -399,6 +399,17 @@ def _exchange(first: Path, second: Path) -> bool:
     return not failed
 
 
+def link(existing: Path, new: Path) -> bool:
+    """Give a file a further name; False where the file system cannot."""
+    try:
+        os.link(existing, new)
+    except OSError as error:
+        if error.errno in (errno.EPERM, errno.EMLINK, errno.EXDEV, errno.EOPNOTSUPP, errno.ENOSYS):
+            return False
+        raise StorageError(error.errno, f"cannot link {existing} to {new}: {error.strerror}") from error
+    return True
+
+
 def begin_writeback(descriptor: int, start: int, size_bytes: int) -> None:
     """Have the system begin to write a part of a file to the disk, where it can be told so. Nothing is durable by that."""
     if sys.platform == "linux" and (call := getattr(_library(), "sync_file_range", None)) is not None:
