@@ -554,9 +554,13 @@ def _prepare_optimizer(checkpoint: Checkpoint, native: Mapping[str, Any], parts:
     described, entry, optimizer = checkpoint.manifest.optimizer, native.get("optimizer"), parts.optimizer
     kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
     if described is None or entry is None:
-        stored = "; ".join(each.removeprefix("optimizer: ") for each in _unread_optimizer(checkpoint)) or "absent"
+        reasons = "; ".join(each.removeprefix("optimizer: ") for each in _unread_optimizer(checkpoint))
         problem = Problem(
-            "missing", "optimizer", "(all of it; pass optimizer=False to load weights only)", stored=stored, live=kind
+            "missing",
+            "optimizer",
+            "(all of it; pass optimizer=False to load weights only)",
+            stored=reasons or "absent",
+            live=kind,
         )
         return Restore(apply=lambda: optimizer, problems=[problem])
     adapter = registry.find(optimizer) or owner

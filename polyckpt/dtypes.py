@@ -102,11 +102,11 @@ def size_problem(shape: tuple[int, ...], itemsize: int) -> str | None:
     """
     if len(shape) > MAX_AXES:
         return f"its shape has {len(shape)} axes; at most {MAX_AXES} are allowed"
-    if any(not 0 <= size < 1 << 63 for size in shape):
+    if shape and not (min(shape) >= 0 and max(shape) < 1 << 63):
         # str() of a longer integer would raise.
         shown = [size if abs(size) < 1 << 64 else "..." for size in shape]
         return f"shape {shown} has a {'negative' if min(shape) < 0 else 'too large'} size"
-    if math.prod(size or 1 for size in shape) * itemsize >= 1 << 63:
+    if (math.prod(shape) or math.prod(size or 1 for size in shape)) * itemsize >= 1 << 63:
         return f"shape {list(shape)} is too large to address"
     return None
 

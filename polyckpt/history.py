@@ -7,6 +7,7 @@ back there: what it follows is that far, and the lines between are of a branch t
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import threading
@@ -22,8 +23,11 @@ from polyckpt import schema
 from polyckpt.checksums import checksum
 from polyckpt.errors import StorageError
 from polyckpt.policy import Record
+from polyckpt.storage import local
 
 FILE_NAME = "history.jsonl"
+MAX_BYTES = 1 << 28
+"""More than a million records."""
 FAILED = "failed"
 """The event of a save that did not come to its end."""
 _SEAL = b',"checksum":"'
@@ -65,16 +69,19 @@ class History:
         self._lock = threading.Lock()  # lines come from the thread that saves too
 
     def read(self) -> Told:
-        """All that can be read. Lines that cannot are reported in a warning; without a file there is nothing."""
+        """All that can be read. Lines that cannot are reported in a warning; without a file there is nothing.
+
+        Raises CorruptError for what is no regular file, or too large to be a history, StorageError where the system refuses.
+        """
         try:
-            data = self.path.read_bytes()
+            data = local.read_file(self.path, MAX_BYTES, "a history")
         except FileNotFoundError:
             data = b""
         except OSError as error:
             raise StorageError(error.errno, f"cannot read {self.path}: {error.strerror}") from error
         run: str | None = None
         records: list[Record] = []
-        names: set[str] = set()
+        places: dict[str, int] = {}  # of the names that there were, where the last record of that name stood
         last: str | None = None
         damaged = []
         *lines, _ = data.split(b"\n")  # what a kill left of a last line is not a line
@@ -84,19 +91,20 @@ class History:
                 damaged.append(number)
                 continue
             run = run or line.run
-            if line.event == FAILED:
-                records = [replace(each, name=None) if each.name == line.name else each for each in records]
+            if line.event == FAILED and line.name:
+                place = places.get(line.name, len(records))
+                if place < len(records) and records[place].name == line.name:
+                    records[place] = replace(records[place], name=None)
             if line.sequence is None:
                 continue
             while records and records[-1].sequence >= line.sequence:
                 records.pop()
-            records.append(_record(line))
             if line.name:
-                names.add(line.name)
-                last = line.name
+                places[line.name], last = len(records), line.name
+            records.append(_record(line))
         if damaged:
             warnings.warn(f"{self.path}: lines {damaged[:10]} are damaged and left out", stacklevel=2)
-        return Told(run, tuple(records), frozenset(names), last)
+        return Told(run, tuple(records), frozenset(places), last)
 
     @property
     def open(self) -> bool:
@@ -105,17 +113,21 @@ class History:
 
     def begin(self, run: str) -> None:
         """Make sure that the file names the run and ends in a whole line."""
+        self.close()
         try:
-            self._descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o666)
+            self._descriptor = local.open_file(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
             size_bytes = os.fstat(self._descriptor).st_size
             first = _decode(os.pread(self._descriptor, 1000, 0).partition(b"\n")[0])
             if size_bytes and os.pread(self._descriptor, 1, size_bytes - 1) != b"\n":
                 size_bytes = self.path.read_bytes().rfind(b"\n") + 1
                 os.ftruncate(self._descriptor, size_bytes)
-        except OSError as error:
+            if not size_bytes or first is None:
+                self._append({"run": run})
+        except BaseException as error:
+            self.close()  # else it would look as if lines could be added
+            if isinstance(error, StorageError) or not isinstance(error, OSError):
+                raise
             raise StorageError(error.errno, f"cannot write {self.path}: {error.strerror}") from error
-        if not size_bytes or first is None:
-            self._append({"run": run})
 
     def add(self, record: Record) -> None:
         """Append a record."""
@@ -136,8 +148,9 @@ class History:
     def close(self) -> None:
         """Close the file; a later `begin` opens it again."""
         if self._descriptor is not None:
-            os.close(self._descriptor)
-            self._descriptor = None
+            descriptor, self._descriptor = self._descriptor, None
+            with contextlib.suppress(OSError):  # it is closed whatever the system says
+                os.close(descriptor)
 
     def _append(self, line: Mapping[str, Any]) -> None:
         assert self._descriptor is not None, "begin() comes first"
@@ -167,7 +180,7 @@ def _decode(text: bytes) -> _Line | None:
         return None
     try:
         return msgspec.json.decode(body + b"}", type=_Line)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError):
         return None
 
 

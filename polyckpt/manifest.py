@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import datetime
+import json
 import math
 import re
 from collections.abc import Iterator
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec import structs
 
 from polyckpt import residue
 from polyckpt.checksums import PREFIX, checksum
@@ -43,10 +46,10 @@ def encode(manifest: Manifest, unknown: dict[str, Any] | None = None) -> bytes:
 
     Raises UnsupportedError for a string or a number that has no form in JSON.
     """
-    members = _merge(msgspec.to_builtins(manifest), unknown or {})
-    _check_finite(members)
+    # All numbers of the tensors are whole.
+    _check_finite(msgspec.to_builtins(structs.replace(manifest, tensors={}, files={})))
     try:
-        text = msgspec.json.encode(members)
+        text = msgspec.json.encode(_merge(msgspec.to_builtins(manifest), unknown) if unknown else manifest)
     except UnicodeEncodeError as error:
         raise UnsupportedError(f"the manifest would hold {error.object!r}, which is not valid Unicode") from error
     body = msgspec.json.format(text, indent=2).removesuffix(b"\n}")
@@ -58,26 +61,25 @@ def decode(data: bytes, source: str) -> Decoded:
 
     Raises VersionError for a major version from the future and CorruptError for anything else that is wrong.
     """
+    body = _sealed(data, source)
     try:
-        raw = msgspec.json.decode(data)
+        manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise CorruptError(f"{source}: not JSON, so truncated or damaged: {error}") from error
-    if not isinstance(raw, dict) or raw.get("format") != FORMAT_NAME:
-        raise CorruptError(f'{source}: no member "format": "{FORMAT_NAME}", so not a manifest or a damaged one')
-    _check_version(raw.get("version"), source)
-    _check_seal(data, source)
-    del raw["checksum"]
-    try:
-        manifest = msgspec.convert(raw, Manifest, strict=True)
-    except (msgspec.ValidationError, RecursionError) as error:
         raise CorruptError(f"{source}: {error}") from error
+    text, written, unknown = msgspec.json.format(body + b"}", indent=-1), msgspec.json.encode(manifest), {}
+    if text != written:  # it holds more than this version writes, or holds it in other words
+        try:
+            raw, known = msgspec.json.decode(text), msgspec.json.decode(written)
+        except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+            raise CorruptError(f"{source}: {error}") from error
+        _check_names(text, raw, source)
+        known["native"] = raw["native"]  # all of it is known, to any depth
+        unknown = _leftover(raw, known)
     if _deeper(manifest.native, MAX_NATIVE_DEPTH):
         raise CorruptError(f"{source}: native: nested deeper than {MAX_NATIVE_DEPTH} levels")
     if problems := list(_problems(manifest)):
         raise CorruptError("\n  ".join([f"{source}: contradicts itself:", *problems]))
-    known = msgspec.json.decode(msgspec.json.encode(manifest))
-    known["native"] = raw["native"]  # all of it is known, to any depth
-    return Decoded(manifest, _leftover(raw, known))
+    return Decoded(manifest, unknown)
 
 
 def decode_head(data: bytes, source: str) -> Head:
@@ -85,14 +87,7 @@ def decode_head(data: bytes, source: str) -> Head:
 
     A time that is none is a CorruptError too, since what is kept and when to save go by it.
     """
-    try:
-        stated = msgspec.json.decode(data, type=_Stated)
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise CorruptError(f"{source}: not a manifest, so truncated or damaged: {error}") from error
-    if stated.format != FORMAT_NAME:
-        raise CorruptError(f'{source}: no member "format": "{FORMAT_NAME}", so not a manifest or a damaged one')
-    _check_version(stated.version, source)
-    _check_seal(data, source)
+    _sealed(data, source)
     try:
         head = msgspec.json.decode(data, type=Head)
         datetime.datetime.fromisoformat(head.saved_at_utc)
@@ -106,6 +101,20 @@ def decode_head(data: bytes, source: str) -> Head:
 class _Stated(msgspec.Struct):
     format: Any = None
     version: Any = None
+
+
+def _sealed(data: bytes, source: str) -> bytes:
+    """What the seal of a manifest covers, after its format, its version and the seal itself were found right."""
+    try:
+        stated = msgspec.json.decode(data, type=_Stated)
+    except msgspec.ValidationError:
+        stated = _Stated()  # JSON, and no object
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise CorruptError(f"{source}: not JSON, so truncated or damaged: {error}") from error
+    if stated.format != FORMAT_NAME:
+        raise CorruptError(f'{source}: no member "format": "{FORMAT_NAME}", so not a manifest or a damaged one')
+    _check_version(stated.version, source)
+    return _check_seal(data, source)
 
 
 def json_schema() -> dict[str, Any]:
@@ -128,13 +137,34 @@ def _check_version(version: Any, source: str) -> None:
         )
 
 
-def _check_seal(data: bytes, source: str) -> None:
+def _check_seal(data: bytes, source: str) -> bytes:
+    """What the seal covers."""
     seal = _SEAL.search(data, max(0, len(data) - 200))
     if seal is None:
         raise CorruptError(f'{source}: does not end in its "checksum", so it was truncated or rewritten')
-    stated, actual = seal[0][-37 - len(PREFIX) + 1 : -4].decode(), checksum(data[: seal.start()])
+    body = data[: seal.start()]
+    stated, actual = seal[0][-37 - len(PREFIX) + 1 : -4].decode(), checksum(body)
     if stated != actual:
         raise CorruptError(f"{source}: its checksum is {stated} but its bytes have {actual}: it was damaged or edited")
+    return body
+
+
+def _check_names(text: bytes, raw: Any, source: str) -> None:
+    """Refuse a name that stands twice in an object: two readers might choose different ones of the two values."""
+    # Whoever spells JSON as msgspec does has no name twice where the same bytes come out again; that costs next to nothing.
+    if text == msgspec.json.encode(raw):
+        return
+
+    def unique(pairs: list[tuple[str, Any]]) -> None:
+        names = [name for name, _ in pairs]
+        if len(set(names)) != len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise CorruptError(f"{source}: the name {twice!r} occurs twice in one object")
+
+    try:
+        json.loads(text, object_pairs_hook=unique)
+    except (ValueError, RecursionError) as error:
+        raise CorruptError(f"{source}: not JSON that every reader understands: {error}") from error
 
 
 def _problems(manifest: Manifest) -> Iterator[str]:
@@ -149,9 +179,10 @@ def _problems(manifest: Manifest) -> Iterator[str]:
         if not _TENSOR_FILE_NAME.match(name):
             yield f"files: {name!r} is not a plain name of a .safetensors file inside the checkpoint"
     used: set[tuple[str, str]] = set()
+    places = manifest.files.keys() | manifest.arrays.keys()
     for section, tensors in manifest.tensors.items():
         for name, tensor in tensors.items():
-            for problem in _chunk_problems(tensor, manifest):
+            for problem in _chunk_problems(tensor, places):
                 yield f"tensors: {section}: {name}: {problem}"
             for chunk in tensor.chunks:
                 if (chunk.file, chunk.key) in used:
@@ -176,14 +207,16 @@ def _problems(manifest: Manifest) -> Iterator[str]:
             yield f"native: refers to the tensor {name}, which is not stored"
 
 
-def _chunk_problems(tensor: Tensor, manifest: Manifest) -> Iterator[str]:
+def _chunk_problems(tensor: Tensor, places: AbstractSet[str]) -> Iterator[str]:
     itemsize = DTYPES[tensor.dtype].itemsize if tensor.dtype in DTYPES else 1
     if problem := size_problem(tensor.shape, itemsize):
         yield problem
         return
     for chunk in tensor.chunks:
-        if chunk.file not in manifest.files and chunk.file not in manifest.arrays:
+        if chunk.file not in places:
             yield f"lies in {chunk.file!r}, which is not among the files"
+        if chunk.shape == tensor.shape and not any(chunk.offset) and len(chunk.offset) == len(tensor.shape):
+            continue  # the whole, as nearly all are
         if not len(chunk.offset) == len(chunk.shape) == len(tensor.shape) or any(
             offset < 0 or size < 0 or offset + size > whole
             for offset, size, whole in zip(chunk.offset, chunk.shape, tensor.shape, strict=False)
@@ -261,7 +294,6 @@ def _merge(known: Any, unknown: Any) -> Any:
 
 
 if __name__ == "__main__":
-    import json
     import sys
 
     json.dump(json_schema(), sys.stdout, indent=2, sort_keys=True)

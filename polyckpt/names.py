@@ -19,7 +19,7 @@ def join(segments: Iterable[object]) -> str:
     >>> join([])
     ''
     """
-    return "/".join(str(segment).replace("~", "~0").replace("/", "~1") or "~2" for segment in segments)
+    return "/".join([str(segment).replace("~", "~0").replace("/", "~1") or "~2" for segment in segments])
 
 
 def split(name: str) -> list[str]:

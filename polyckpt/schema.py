@@ -26,7 +26,7 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 Hyperparameter = bool | Number | str | None | tuple[Number, ...]
 
 
-class Chunk(msgspec.Struct, frozen=True, kw_only=True):
+class Chunk(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A box of a tensor and where it lies: the tensor `key` of the tensor file or array directory `file`.
 
     checksum: of its bytes, row-major.
@@ -39,7 +39,7 @@ class Chunk(msgspec.Struct, frozen=True, kw_only=True):
     checksum: str
 
 
-class Tensor(msgspec.Struct, frozen=True, kw_only=True):
+class Tensor(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A tensor of `shape`, cut into chunks that cover it without overlap (one chunk unless several processes wrote it)."""
 
     dtype: str

@@ -94,9 +94,7 @@ def test_every_member_is_listed_in_order() -> None:
 
 def test_the_example_tensor_is_covered() -> None:
     tensor = msgspec.json.decode(fenced("json tensor"), type=schema.Tensor)
-    base = manifest.decode(fenced("json manifest").encode(), "m").manifest
-    files = {chunk.file: schema.TensorFile(size_bytes=0, header_checksum="") for chunk in tensor.chunks}
-    assert list(manifest._chunk_problems(tensor, msgspec.structs.replace(base, files=files))) == []
+    assert list(manifest._chunk_problems(tensor, {chunk.file for chunk in tensor.chunks})) == []
 
 
 def test_the_example_of_arrays_is_valid() -> None:

@@ -5,17 +5,18 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import equinox
 import numpy as np
-from numpy.lib import format as npy
 
 from polyckpt.adapter import Contents
 from polyckpt.adapters.jax import arrays, trees
-from polyckpt.dtypes import lookup
+from polyckpt.dtypes import lookup, size_problem
 from polyckpt.errors import CorruptError, MismatchError, Problem, UnsupportedError
+from polyckpt.formats import npz
 from polyckpt.formats.described import Like
 from polyckpt.formats.writing import Source
 from polyckpt.leaves import Leaf
@@ -33,16 +34,14 @@ def read(path: Path, like: Like | None) -> Contents:
     if len(streams) != len(entries):
         raise MismatchError(f"{path}: holds {len(streams)} arrays, the live model has {len(entries)} leaves")
     found, problems = {}, []
-    for (dtype, shape, start), entry in zip(streams, entries, strict=True):
+    for stream, entry in zip(streams, entries, strict=True):
         live = arrays.leaf(entry.value, entry.name) if arrays.is_array(entry.value) else None
-        wanted = (live.dtype, live.shape) if live else (np.asarray(entry.value).dtype.name, ())
-        # NumPy has no name for bfloat16 and its like, and writes their bytes alone.
-        name = wanted[0] if dtype.kind == "V" and dtype.itemsize == lookup(wanted[0], entry.name).itemsize else dtype.name
-        if (name, shape) != wanted and (live is not None or shape):
-            problems.append(
-                Problem("shape", "weights", entry.name, stored=f"{name}{list(shape)}", live=f"{wanted[0]}{list(wanted[1])}")
-            )
-        found[entry.name] = _leaf(path, name, shape, start)
+        dtype, shape = (live.dtype, live.shape) if live else (np.asarray(entry.value).dtype.name, ())
+        leaf = found[entry.name] = _leaf(path, stream, dtype)
+        if (leaf.dtype, leaf.shape) != (dtype, shape):
+            kind: Literal["shape", "dtype"] = "shape" if leaf.shape != shape else "dtype"
+            stored = f"{leaf.dtype}{list(leaf.shape)}"
+            problems.append(Problem(kind, "weights", entry.name, stored=stored, live=f"{dtype}{list(shape)}"))
     if problems:
         raise MismatchError(f"{path}: its arrays are not those of the live model:", problems)
     described = like.captured
@@ -60,36 +59,55 @@ def _is_written(value: Any) -> bool:
     return arrays.is_array(value) or isinstance(value, bool | int | float | complex)
 
 
-def _streams(path: Path) -> Iterator[tuple[np.dtype, tuple[int, ...], int]]:
-    """Type and shape of each array, and where its bytes begin."""
+@dataclass(frozen=True)
+class _Stream:
+    """An array in a file. start: where its bytes begin. fortran: whether they go column by column."""
+
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    fortran: bool
+    start: int
+
+    @property
+    def size_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def _streams(path: Path) -> Iterator[_Stream]:
+    """The arrays of a file, one after the other."""
     size = path.stat().st_size
     with open(path, "rb") as file:
         while file.tell() < size:
+            begin = file.tell()
             try:
-                version = npy.read_magic(file)
-                header = npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0
-                shape, fortran, dtype = header(file)
-            except (ValueError, EOFError) as error:
-                raise CorruptError(f"{path}: at byte {file.tell()} no array that NumPy saved: {error}") from error
-            if dtype.hasobject or (fortran and len(shape) > 1):
-                raise UnsupportedError(
-                    f"{path}: an array of {dtype}, pickled or column by column, which Equinox does not write"
-                )
-            start = file.tell()
-            end = start + math.prod(shape) * dtype.itemsize
-            if end > size:
+                shape, fortran, dtype = npz.header(file)
+            except ValueError as error:
+                raise CorruptError(f"{path}: at byte {begin}: {error}") from error
+            if dtype.hasobject:
+                raise UnsupportedError(f"{path}: an array of Python objects, which are pickled; Equinox writes none")
+            if problem := size_problem(shape, dtype.itemsize):
+                raise CorruptError(f"{path}: at byte {begin}: an array: {problem}")
+            stream = _Stream(dtype, shape, fortran, file.tell())
+            if stream.start + stream.size_bytes > size:
+                end = stream.start + stream.size_bytes
                 raise CorruptError(f"{path}: an array of {dtype}{list(shape)} ends at byte {end}, the file at {size}")
-            yield dtype, shape, start
-            file.seek(end)
+            yield stream
+            file.seek(stream.start + stream.size_bytes)
 
 
-def _leaf(path: Path, name: str, shape: tuple[int, ...], start: int) -> Leaf:
-    dtype = lookup(name, str(path))
+def _leaf(path: Path, stream: _Stream, wanted: str) -> Leaf:
+    """An array as a leaf. wanted: the type of the live one."""
+    name, little = stream.dtype.name, stream.dtype.newbyteorder("<")
+    # NumPy has no name for bfloat16 and its like, and writes their bytes alone.
+    if stream.dtype.kind == "V" and stream.dtype.itemsize == lookup(wanted, str(path)).itemsize:
+        name = wanted
 
-    def read_bytes() -> np.ndarray:
-        return np.frombuffer(_part(path, start, math.prod(shape) * dtype.itemsize), np.uint8)
+    def read_array() -> np.ndarray:
+        data = np.frombuffer(_part(path, stream.start, stream.size_bytes), stream.dtype)
+        array = data.reshape(stream.shape, order="F" if stream.fortran else "C").astype(little, copy=False)
+        return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
 
-    return Leaf(dtype=name, shape=shape, read=read_bytes, frozen=True)
+    return Leaf(dtype=lookup(name, str(path)).name, shape=stream.shape, read=read_array, frozen=True)
 
 
 def _part(path: Path, start: int, size_bytes: int) -> bytes:

@@ -559,5 +559,7 @@ def _step(found: Mapping[str, Entry], places: Sequence[_Place], carried: Mapping
     counters = [found[name].value for place in places if place.owner in _STEPS and (name := names.join(place.path)) in found]
     if not counters and "step" in carried:
         counters = [carried["step"].value]
+    if any(isinstance(counter, jax.ShapeDtypeStruct) for counter in counters):
+        return None  # a template
     counts = {int(np.asarray(counter)) for counter in counters if np.ndim(counter) == 0}
     return counts.pop() if len(counts) == 1 else None

@@ -6,7 +6,7 @@ Where a model lies in the file as a configuration, Keras makes one of it, in its
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +32,21 @@ def read(path: Path, like: Like | None) -> Contents:
     datasets = Datasets(path)
     left_out: list[str] = []
     for model, optimizer, required in _candidates(path, datasets, like):
-        captured, problems = _captured(model, datasets)
+        try:
+            captured, problems = _captured(model, datasets, left_out)
+        except UnsupportedError as error:  # the model of a configuration, which does not say how to build it
+            left_out.append(f"layers: {error}")
+            continue
         if captured is not None:
-            described = optimizer_of(model, optimizer, datasets.optimizer, captured, left_out)
+            described = optimizer_of(model, [_stated(datasets.config), optimizer], datasets.optimizer, captured, left_out)
             return Contents(adapter="keras", model=captured, optimizer=described, left_out=left_out)
         if required:
             raise MismatchError(f"{path}: its variables are not those of `like`:", problems)
+        if like is None or model is not like.model:
+            left_out.append("layers: the variables are not those of the model of the configuration")
     if datasets.optimizer:
         left_out.append(
-            f"{len(datasets.optimizer)} variables of the optimizer: whose they are, only a live model tells (like=)"
+            f"optimizer: {len(datasets.optimizer)} variables: whose they are, only a live model and its optimizer tell (like=)"
         )
     weights = ModelCapture(type="weights", weights=datasets.weights, order="name")
     return Contents(adapter="keras", model=weights, left_out=left_out)
@@ -58,12 +64,15 @@ def _candidates(path: Path, datasets: Datasets, like: Like | None) -> Any:
 def _made(path: Path, config: Mapping[str, Any]) -> Any:
     """The model of a configuration."""
     try:
-        return keras.saving.deserialize_keras_object(_of_any_backend(config), safe_mode=True)
+        made = keras.saving.deserialize_keras_object(_of_any_backend(config), safe_mode=True)
     except Exception as error:  # a configuration may lead into any constructor
         raise UnsupportedError(
             f"{path}: Keras does not make its model of the configuration: {str(error).strip()[:500]}. Register the class "
             "(@keras.saving.register_keras_serializable()), or pass like= a model that is built"
         ) from error
+    if not isinstance(made, keras.Model):
+        raise UnsupportedError(f"{path}: its configuration makes a {type(made).__name__}, which is no model")
+    return made
 
 
 def _of_any_backend(config: Any) -> Any:
@@ -99,13 +108,13 @@ class _Entry:
         self._entries[f"{self._prefix}{name}"] = value
 
 
-def _paths(model: Any) -> dict[int, str]:
-    """Each variable of a model -> the path of the dataset that Keras keeps it in. Nothing is written."""
+def _written(model: Any) -> dict[str, Any]:
+    """What Keras would write of a model but for its optimizer: path of the dataset -> variable, or array. Nothing is written."""
     recorder = _Recorder()
     saving_lib._save_state(
         model, weights_store=recorder, assets_store=None, inner_path="", visited_saveables=set(_optimizers(model))
     )
-    return {id(value): path for path, value in recorder.entries.items() if isinstance(value, keras.Variable)}
+    return recorder.entries
 
 
 def _optimizers(model: Any) -> list[int]:
@@ -113,10 +122,14 @@ def _optimizers(model: Any) -> list[int]:
     return [id(model.optimizer)] if getattr(model, "optimizer", None) is not None else []
 
 
-def _captured(model: Any, datasets: Datasets) -> tuple[ModelCapture | None, list[Problem]]:
-    """A model with the variables of a file in place of its own; None and why where it is another one."""
+def _captured(model: Any, datasets: Datasets, left_out: list[str]) -> tuple[ModelCapture | None, list[Problem]]:
+    """A model with the variables of a file in place of its own; None and why where it is another one.
+
+    left_out: takes what Keras writes of such a model besides its weights.
+    """
     described = KerasAdapter().capture_model(model)
-    paths = _paths(model)
+    entries = _written(model)
+    paths = {id(value): path for path, value in entries.items() if isinstance(value, keras.Variable)}
     live = variables.weights(model)
     weights: dict[str, Leaf] = {}
     problems = []
@@ -134,42 +147,80 @@ def _captured(model: Any, datasets: Datasets) -> tuple[ModelCapture | None, list
             )
         else:
             weights[name] = dataclasses.replace(found, identity=leaf.identity)
-    used = set(paths.values())
-    of_run = {paths[id(each)] for each in variables.run_states(model) if id(each) in paths}
     problems += [
         Problem("unexpected", "weights", path, stored=f"{leaf.dtype}{list(leaf.shape)}")
         for path, leaf in datasets.weights.items()
-        if path not in used | of_run
+        if path not in entries
     ]
-    return (None, problems) if problems else (dataclasses.replace(described, weights=weights, rng=None), [])
+    if problems:
+        return None, problems
+    of_run = {paths[id(each)] for each in variables.run_states(model) if id(each) in paths}
+    beside = sorted({path.rpartition("/vars/")[0] for path in datasets.weights.keys() - set(paths.values()) - of_run})
+    left_out += [f"{place}: is no weight of the model, and its variables are not read" for place in beside]
+    return dataclasses.replace(described, weights=weights, rng=None), []
+
+
+def _stated(config: Mapping[str, Any] | None) -> Any:
+    """The optimizer of a configuration, which may be of a class that nobody has registered; None where there is none."""
+    compiled = (config or {}).get("compile_config")
+    stated = compiled.get("optimizer") if isinstance(compiled, dict) else None
+    try:
+        return None if stated is None else keras.optimizers.get(_of_any_backend(stated))
+    except Exception:  # a configuration may lead into any constructor
+        return None
 
 
 def optimizer_of(
-    model: Any, optimizer: Any, values: Sequence[Leaf], captured: ModelCapture, left_out: list[str]
+    model: Any, candidates: Sequence[Any], values: Sequence[Leaf], captured: ModelCapture, left_out: list[str]
 ) -> OptimizerCapture | None:
-    """The optimizer with these values of its variables: a copy, built and filled, since the live one stays as it is.
+    """The first of the candidates that has variables like these, with these values: a copy, since a live one stays as it is.
 
-    None, with the reason in left_out, where it has other variables.
+    None, with the reason in left_out, where none has.
     """
     if not values:
         return None
-    what = f"{len(values)} variables of the optimizer"
-    if optimizer is None:
-        left_out.append(f"{what}: which optimizer it was is not in the file: give the live one")
-        return None
-    try:
-        copy = keras.optimizers.deserialize(_of_any_backend(keras.optimizers.serialize(optimizer)))
+    shapes = [leaf.shape for leaf in values]
+    reason = "which optimizer it was is not in the file: give the live one"
+    for candidate in candidates:
+        optimizer = candidate.main if isinstance(candidate, optimizers.Several) else candidate
+        if optimizer is None:
+            continue
+        reason = f"not those of a {type(optimizer).__name__} of this model"
+        try:
+            found = next((each for each in _copies(optimizer, model) if _shapes(each) == shapes), None)
+        except Exception as error:  # of a class of the user's, anything
+            reason = f"a {type(optimizer).__name__} cannot be made once more: {str(error)[:200]}"
+            continue
+        if found is not None:
+            return _filled(found, values, captured)
+    left_out.append(f"optimizer: {len(values)} variables: {reason}")
+    return None
+
+
+def _copies(optimizer: Any, model: Any) -> Iterator[Any]:
+    """An optimizer made once more: built, within the loss scaling of mixed precision, and as it is before the first step."""
+    config = _of_any_backend(keras.optimizers.serialize(optimizer))
+    for wrap in (lambda copy: copy, keras.optimizers.LossScaleOptimizer):
+        copy = wrap(keras.optimizers.deserialize(config))
         copy.build(model.trainable_variables)
-    except Exception as error:  # of a class of the user's, anything
-        left_out.append(f"{what}: {type(optimizer).__name__} cannot be made once more: {str(error)[:200]}")
-        return None
-    shapes = [tuple(each.shape) for each in copy.variables]
-    if shapes != [leaf.shape for leaf in values]:
-        left_out.append(f"{what}: a {type(optimizer).__name__} of this model has {len(shapes)} others")
-        return None
-    for variable, leaf in zip(copy.variables, values, strict=True):
+        yield copy
+    yield keras.optimizers.deserialize(config)
+
+
+def _shapes(optimizer: Any) -> list[tuple[int, ...]]:
+    return [tuple(each.shape) for each in optimizer.variables]
+
+
+def _filled(optimizer: Any, values: Sequence[Leaf], captured: ModelCapture) -> OptimizerCapture:
+    for variable, leaf in zip(optimizer.variables, values, strict=True):
         variable.assign(leaf.read().view(lookup(leaf.dtype, "optimizer").numpy).reshape(leaf.shape))
-    return optimizers.capture(copy, captured.parameters)
+    described = optimizers.capture(optimizer, captured.parameters)
+    # What was read just now is checked with the file that it came from.
+    slots = {
+        slot: {name: dataclasses.replace(leaf, check=values[0].check) for name, leaf in entries.items()}
+        for slot, entries in described.slots.items()
+    }
+    return dataclasses.replace(described, slots=slots)
 
 
 def write_archive(source: Source, target: Path) -> None:

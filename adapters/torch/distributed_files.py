@@ -15,7 +15,7 @@ import torch
 from torch.distributed.checkpoint import filesystem, metadata
 
 from polyckpt.adapter import Contents
-from polyckpt.adapters.torch import files
+from polyckpt.adapters.torch import files, pickles
 from polyckpt.errors import CorruptError, UnsupportedError
 from polyckpt.formats.described import Like
 from polyckpt.formats.torch_files import METADATA
@@ -117,7 +117,7 @@ def _part(path: Path, name: str, info: Any) -> Any:
         raise CorruptError(f"{source}: {error.strerror}, but the index says that {name} is in it") from error
     if len(data) != info.length:
         raise CorruptError(f"{source}: {name}: {len(data)} of {info.length} bytes are there")
-    return files.load_stream(io.BytesIO(data), f"{source}: {name}")
+    return pickles.load_stream(io.BytesIO(data), f"{source}: {name}")
 
 
 def _nested(path: Path, found: Mapping[str, Any], paths: Any) -> dict[str, Any]:

@@ -6,22 +6,21 @@ They are pickles, so torch reads them with weights_only, which builds tensors an
 from __future__ import annotations
 
 import dataclasses
-import re
-import zipfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import msgspec
 import torch
 
-from polyckpt import objects, residue, schema
+from polyckpt import objects, registry, residue, schema
 from polyckpt.adapter import Contents, ModelCapture
-from polyckpt.adapters.torch import lightning, state_dicts, tensors
+from polyckpt.adapters.torch import lightning, pickles, state_dicts, tensors
 from polyckpt.checkpoint import StoredTensor
-from polyckpt.errors import CorruptError, PolicyError, UnsupportedError
-from polyckpt.formats.described import Like, fitted
+from polyckpt.errors import PolicyError, UnsupportedError
+from polyckpt.formats.archives import Records
+from polyckpt.formats.described import Like, aligned, fitted
 from polyckpt.formats.writing import Source
 from polyckpt.leaves import Leaf
 from polyckpt.native import native_of
@@ -29,51 +28,6 @@ from polyckpt.policy import infer_mode
 
 MODELS = ("state_dict", "model_state_dict", "model", "module", "net", "network", "weights", "params")
 """Where a file that holds more keeps the model, as the tutorials and trainers call it."""
-
-
-def load_file(path: Path) -> Any:
-    """What torch.save wrote, built of tensors (mapped where they can be), containers and numbers alone.
-
-    Raises UnsupportedError, naming what would have to run, and CorruptError.
-    """
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            if any(name.endswith("/constants.pkl") for name in archive.namelist()):
-                raise UnsupportedError(
-                    f"{path}: a TorchScript archive, which holds code: load it with torch.jit.load and save its state_dict()"
-                )
-    return _load(path, str(path), mmap=zipfile.is_zipfile(path))
-
-
-def load_stream(stream: IO[bytes], where: str) -> Any:
-    """As `load_file`, of what lies in memory."""
-    return _load(stream, where, mmap=False)
-
-
-def _load(source: Any, where: str, *, mmap: bool) -> Any:
-    try:
-        return torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
-    except OSError:
-        raise
-    except Exception as error:  # torch raises whatever the parts of the file lead to
-        told = str(error)
-        if type(error).__name__ == "UnpicklingError" and (wanted := _wanted(told)):
-            raise UnsupportedError(
-                f"{where}: it is a pickle that needs {wanted} to be run, which a file from a stranger may abuse, so it is not "
-                "read. Save state dicts alone (torch.save(model.state_dict(), ...)); or, if you trust the file, name the "
-                "class with torch.serialization.add_safe_globals([...]) before you load it"
-            ) from error
-        raise CorruptError(f"{where}: torch cannot read it: {_first_line(told)}") from error
-
-
-def _wanted(told: str) -> str | None:
-    """The class or function that unpickling would have called, as torch names it."""
-    found = re.search(r"GLOBAL ([\w.]+)|Unsupported (?:class|operand|type) ([\w.<> ']+)", told)
-    return (found[1] or found[2]).strip() if found else None
-
-
-def _first_line(told: str) -> str:
-    return told.strip().splitlines()[0][:300] if told.strip() else "no reason given"
 
 
 @dataclass
@@ -93,13 +47,15 @@ def parts_of(loaded: Any) -> Parts:
         parts.models[""] = dict(loaded)
         return parts
     if not isinstance(loaded, Mapping):
-        parts.others[""] = loaded
+        parts.others[f"a {type(loaded).__name__}"] = loaded
         return parts
     loose = {}
     for key, value in loaded.items():
         for name, each in _each(str(key), value):
             if is_optimizer(each):
                 parts.optimizers[name] = each
+            elif state_dicts.is_flattened(each):
+                parts.optimizers[name] = state_dicts.nested(each)
             elif is_scheduler(each):
                 parts.schedulers[name] = each
             elif is_state_dict(each):
@@ -112,13 +68,25 @@ def parts_of(loaded: Any) -> Parts:
         parts.models[""] = loose
     else:
         parts.others |= loose
+    if not parts.models:
+        _unfold(parts)
     return parts
 
 
+def _unfold(parts: Parts) -> None:
+    """Put what a model lies in one level deeper beside the rest ({"app": {"model": ..., "optim": ...}})."""
+    for name, value in list(parts.others.items()):
+        if isinstance(value, Mapping) and (inside := parts_of(value)).models:
+            del parts.others[name]
+            for found, rest in zip(vars(parts).values(), vars(inside).values(), strict=True):
+                found |= {f"{name}.{key}" if key in found else key or name: each for key, each in rest.items()}
+
+
 def _each(name: str, value: Any) -> Iterator[tuple[str, Any]]:
-    """A value, or the members of a list of optimizers or schedulers."""
-    if isinstance(value, list | tuple) and value and all(is_optimizer(each) or is_scheduler(each) for each in value):
-        yield from ((name if len(value) == 1 else f"{name}.{index}", each) for index, each in enumerate(value))
+    """A value, or the members of a list or dict of optimizers or schedulers."""
+    members = dict(enumerate(value)) if isinstance(value, list | tuple) else value
+    if isinstance(members, Mapping) and members and all(is_optimizer(each) or is_scheduler(each) for each in members.values()):
+        yield from ((name if len(members) == 1 else f"{name}.{key}", each) for key, each in members.items())
     else:
         yield name, value
 
@@ -145,9 +113,9 @@ def is_scheduler(value: Any) -> bool:
     return isinstance(value, Mapping) and {"last_epoch", "_step_count"} <= value.keys()
 
 
-def leaves_of_file(path: Path) -> dict[str, Leaf]:
-    """The tensors of a file that holds one state dict. Raises UnsupportedError for another."""
-    loaded = load_file(path)
+def leaves_of_file(path: Path, records: Records) -> dict[str, Leaf]:
+    """The tensors of a file that holds one state dict. records: gets their checksums. Raises UnsupportedError for another."""
+    loaded = pickles.load_file(path, records)
     if not is_state_dict(loaded):
         raise UnsupportedError(f"{path}: not a state dict alone, which a shard of a model is")
     return _leaves(path, loaded)
@@ -155,7 +123,9 @@ def leaves_of_file(path: Path) -> dict[str, Leaf]:
 
 def read(path: Path, like: Like | None) -> Contents:
     """The contents of a file: the model under the usual names or the only one, optimizers, a schedule, progress, the rest."""
-    return contents_of(path, parts_of(load_file(path)), like)
+    records = Records()
+    parts = parts_of(pickles.load_file(path, records))
+    return dataclasses.replace(contents_of(path, parts, like), check=records.check)
 
 
 def contents_of(path: Path, parts: Parts, like: Like | None) -> Contents:
@@ -171,6 +141,7 @@ def contents_of(path: Path, parts: Parts, like: Like | None) -> Contents:
     extra, schedulers = {}, {name: state_dicts.scheduler_entry(each) for name, each in parts.schedulers.items()}
     for name, value in others.items():
         try:
+            residue.encode(value, leaf=_leaf, add_tensor=lambda path, leaf: "", path=(name,))
             extra[name] = objects.capture(value, name)
         except UnsupportedError as error:
             left_out.append(str(error))
@@ -213,29 +184,45 @@ def _captured(path: Path, state: Mapping[str, Any], like: Like | None) -> ModelC
     if (model := fitted(leaves, like)) is not None:
         return model
     rest = {name: value for name, value in state.items() if name not in leaves}
-    return ModelCapture(type="state_dict", weights=leaves, order="definition", native={"others": rest} if rest else None)
+    return ModelCapture(
+        type="state_dict", weights=aligned(leaves, like), order="definition", native={"others": rest} if rest else None
+    )
+
+
+def _leaf(value: Any) -> Leaf | residue.Constant | None:
+    adapter = registry.by_class(value)
+    return adapter.leaf(value) if adapter else None
 
 
 def _leaves(path: Path, state: Mapping[str, Any]) -> dict[str, Leaf]:
     return {name: tensors.leaf(value, f"{path}: {name}") for name, value in state.items() if isinstance(value, torch.Tensor)}
 
 
-_STEPS = ("global_step", "step", "iteration", "iter")
+_STEPS = ("global_step", "step", "iteration", "iter", "iter_num")
 
 
 def _progress(others: dict[str, Any]) -> dict[str, Any]:
     """How far training was, taken out of what a file holds besides: an epoch and a step as it calls them, and its metrics."""
-    step = next((name for name in _STEPS if _is_count(others.get(name))), None)
+    plain = {name: _number(value) for name, value in others.items()}
+    step = next((name for name in _STEPS if _is_count(plain.get(name))), None)
+    epoch = "epoch" if _is_count(plain.get("epoch")) else None
     told = others.pop("metrics") if _are_numbers(others.get("metrics")) else {}
     metrics = {name: float(value) for name, value in told.items()}
-    for name in list(others):
-        if isinstance(others[name], float) and _is_metric(name):
-            metrics[name] = others.pop(name)
+    for name, value in plain.items():
+        if isinstance(value, float) and _is_metric(name):
+            metrics[name] = value
+    for name in {step, epoch, *metrics}:
+        others.pop(name, None)
     return {
-        "epoch": others.pop("epoch") if _is_count(others.get("epoch")) else None,
-        "step": None if step is None else others.pop(step),
+        "epoch": None if epoch is None else plain[epoch],
+        "step": None if step is None else plain[step],
         "metrics": metrics,
     }
+
+
+def _number(value: Any) -> Any:
+    """A tensor of one number, such as a loss that was saved as it is, as a number; all else as it is."""
+    return value.item() if isinstance(value, torch.Tensor) and value.numel() == 1 and not value.is_meta else value
 
 
 def _is_count(value: Any) -> bool:

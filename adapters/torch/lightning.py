@@ -24,9 +24,10 @@ def progress(others: dict[str, Any], left_out: list[str]) -> dict[str, Any]:
     batch = None
     try:
         fit = loops["fit_loop"]
-        epoch = fit["epoch_progress"]["current"]["processed"]
-        batches = fit["epoch_loop.batch_progress"]
-        batch = None if batches["is_last_batch"] else batches["current"]["processed"] or None
+        epochs = fit["epoch_progress"]["current"]
+        epoch = epochs["processed"]
+        if epochs["started"] > epoch:
+            batch = fit["epoch_loop.batch_progress"]["current"]["processed"]
     except (KeyError, TypeError):
         left_out.append("loops: not as Lightning 2 writes them, so the epoch is the one that the file calls its own")
     if loops is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -24,6 +25,8 @@ _OF_SCHEDULERS = frozenset(
     {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr", "param_names", "name", "params"}
 )
 """Keys of groups that no optimizer writes itself."""
+
+_HOW = "pass like=(model, optimizer), live ones of their classes"
 
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 """How torch.nn calls what is in a state dict and is no parameter."""
@@ -51,14 +54,46 @@ def optimizer_capture(
         if names is None:
             left_out.append(
                 f"{what}: its state numbers the parameters, and which number is which weight cannot be told from shapes and "
-                "order alone: pass like= a model of its class"
+                f"order alone: {_HOW}"
             )
             return None
-        one, dummies = _filled(state, names, model, _class(state, partner))
+        kind = _class(state, partner)
+        if kind is _Unknown:
+            left_out.append(f"{what}: of which class it is cannot be told from its state: {_HOW}")
+        one, dummies = _filled(state, names, model, kind)
         made.append(one)
         parameters += [pair for pair in dummies if pair[0] not in {name for name, _ in parameters}]
     captured = several.capture(made, parameters) if len(made) > 1 else optimizers.capture(made[0], parameters)
     return dataclasses.replace(captured, type=captured.type.replace(_UNKNOWN, "unknown"))
+
+
+_FLAT = re.compile(r"(state|param_groups)\.(.+)\.([^.]+)")
+
+
+def is_flattened(value: Any) -> bool:
+    """Whether it is the state of an optimizer as one dict, "state.<parameter>.<slot>" and "param_groups.<parameter>.<key>"."""
+    return (
+        isinstance(value, Mapping)
+        and all(isinstance(name, str) and _FLAT.fullmatch(name) for name in value)
+        and any(name.startswith("param_groups.") for name in value)
+    )
+
+
+def nested(flattened: Mapping[str, Any]) -> dict[str, Any]:
+    """The state that was flattened; parameters whose keys are all equal are in one group."""
+    found: dict[str, dict[str, dict[str, Any]]] = {"state": {}, "param_groups": {}}
+    for name, value in flattened.items():
+        matched = _FLAT.fullmatch(name)
+        assert matched is not None
+        part, parameter, key = matched.groups()
+        found[part].setdefault(parameter, {})[key] = value
+    groups: list[dict[str, Any]] = []
+    for parameter, keys in found["param_groups"].items():
+        group = next((each for each in groups if each["keys"] == keys), None)
+        if group is None:
+            groups.append(group := {"keys": keys, "params": []})
+        group["params"].append(parameter)
+    return {"state": found["state"], "param_groups": [{**group["keys"], "params": group["params"]} for group in groups]}
 
 
 def scheduler_entry(state: Mapping[str, Any]) -> dict[str, Any]:
@@ -148,14 +183,20 @@ def _candidates(
     partner: torch.optim.Optimizer | None,
 ) -> Iterator[Sequence[str]]:
     """Orders that the parameters may have, the surest first."""
-    if all(len(group.get("param_names", ())) == len(group["params"]) for group in groups):
-        named = [name for group in groups for name in group["param_names"]]
+    by_name = all(isinstance(each, str) for group in groups for each in group["params"])
+    if by_name or all(len(group.get("param_names", ())) == len(group["params"]) for group in groups):
+        named = [name for group in groups for name in group["params" if by_name else "param_names"]]
         ends = {name: [own for own in model.weights if own == name or name.endswith(f".{own}")] for name in named}
         if all(ends.values()):
             yield [max(own, key=len) for own in ends.values()]
+    if by_name:  # as torch.distributed.checkpoint.state_dict writes it: their place says nothing
+        return
     sizes = [len(group["params"]) for group in groups]
     if partner is not None and like is not None and sizes == [len(group["params"]) for group in partner.param_groups]:
-        yield optimizers.names_of(partner, like.captured.parameters)
+        names = optimizers.names_of(partner, like.captured.parameters)
+        # An optimizer of another model says nothing; one that is loaded into may hold parameters of a loss besides.
+        if not like.required or all(name in model.weights for name in names):
+            yield names
     if len(groups) == 1 and model.parameters:
         yield [name for name, _ in model.parameters]
     if len(groups) == 1 and not model.parameters:

@@ -64,8 +64,9 @@ def opened(path: Path, monitor: str | None, mode: str, keep_last: int | None = N
 def _lying_there(directory: Path) -> tuple[list[Record], dict[str, CorruptError]]:
     """The checkpoints in a directory, of any format, in the order of training, and the errors of those that cannot be read."""
     records, unreadable = [], {}
+    steps = table.steps(directory)
     for child in sorted(directory.iterdir()):
-        if child.is_symlink() or not is_checkpoint(child):
+        if child.is_symlink() or not (child in steps or is_checkpoint(child)):
             continue
         try:
             told = open_(child).manifest
@@ -80,8 +81,8 @@ def _lying_there(directory: Path) -> tuple[list[Record], dict[str, CorruptError]
 
 
 def is_checkpoint(path: Path) -> bool:
-    """Whether a path is a checkpoint of ours, or in a format of others."""
-    return (path / manifest.FILE_NAME).is_file() or bool(table.candidates(path))
+    """Whether a path is a checkpoint of ours, or in a format of others; a directory of many is none."""
+    return (path / manifest.FILE_NAME).is_file() or (bool(table.candidates(path)) and not table.steps(path))
 
 
 def best(path: Path, monitor: str | None, mode: str) -> Path:

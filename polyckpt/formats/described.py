@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from polyckpt import registry
+from polyckpt import names, registry
 from polyckpt.adapter import Contents, ModelCapture
 from polyckpt.errors import MismatchError, Problem
 from polyckpt.leaves import Leaf
@@ -44,7 +44,8 @@ def contents_of(weights: Mapping[str, Leaf], like: Like | None, *, adapter: str,
     """
     if like is not None and (model := fitted(weights, like)) is not None:
         return Contents(adapter=like.adapter, model=model, **more)
-    return Contents(adapter=adapter, model=ModelCapture(type=type, weights=weights, order="definition"), **more)
+    named = aligned(weights, like) if like is not None and like.adapter == adapter else weights
+    return Contents(adapter=adapter, model=ModelCapture(type=type, weights=named, order="definition"), **more)
 
 
 def fitted(weights: Mapping[str, Leaf], like: Like | None) -> ModelCapture | None:
@@ -57,6 +58,7 @@ def fitted(weights: Mapping[str, Leaf], like: Like | None) -> ModelCapture | Non
     if like is None:
         return None
     live = like.captured.weights
+    weights = _undotted(weights, live)
     for more, less in _prefixes(weights, live):
         renamed = {less + name.removeprefix(more): leaf for name, leaf in weights.items()}
         tied = {name: renamed[first] for name, first in _tied(live).items() if name not in renamed and first in renamed}
@@ -66,6 +68,41 @@ def fitted(weights: Mapping[str, Leaf], like: Like | None) -> ModelCapture | Non
     if like.required:
         raise MismatchError("the tensors of the file are not those of `like`:", list(problems_of(weights, like)))
     return None
+
+
+def _undotted(weights: Mapping[str, Leaf], live: Mapping[str, Leaf]) -> Mapping[str, Leaf]:
+    """The tensors under the names of a model, where the file joins with dots what is joined with slashes there."""
+    dotted = {".".join(names.split(name)): name for name in live}
+    return {dotted[name]: leaf for name, leaf in weights.items()} if dotted.keys() == weights.keys() else weights
+
+
+def aligned(weights: Mapping[str, Leaf], like: Like | None) -> Mapping[str, Leaf]:
+    """The tensors of a file that holds more than those of `like`, or less, under the names that `like` has for them.
+
+    That is where all of one are in the other, below one prefix; so what is left over can be told, or left alone.
+    """
+    if like is None or not weights or not like.captured.weights:
+        return weights
+    live = like.captured.weights
+    tied = _tied(live)
+    shared = {name for name in live if name not in tied} or set(live)
+    inside = {prefix for prefix in _below(weights, shared) if _all_fit(weights, live, shared, prefix)}
+    if len(inside) == 1:
+        prefix = inside.pop()
+        renamed = {name.removeprefix(prefix): leaf for name, leaf in weights.items()}
+        return renamed if len(renamed) == len(weights) else weights
+    around = {prefix for prefix in _below(live, set(weights)) if _all_fit(live, weights, set(weights), prefix)}
+    return {f"{around.copy().pop()}{name}": leaf for name, leaf in weights.items()} if len(around) == 1 else weights
+
+
+def _below(longer: Mapping[str, Leaf], shorter: set[str]) -> set[str]:
+    """The prefixes below which a name of `shorter` is among `longer`."""
+    one = max(shorter, key=len)
+    return {name.removesuffix(one) for name in longer if name.endswith(f".{one}")}
+
+
+def _all_fit(longer: Mapping[str, Leaf], shorter: Mapping[str, Leaf], names: set[str], prefix: str) -> bool:
+    return all(prefix + name in longer and longer[prefix + name].shape == shorter[name].shape for name in names)
 
 
 def _prefixes(weights: Mapping[str, Leaf], live: Mapping[str, Leaf]) -> Iterator[tuple[str, str]]:

@@ -48,8 +48,13 @@ def read(path: Path, like: Like | None) -> Contents:
     except (CheckpointError, UnsupportedError) as error:
         raise type(error)(f"{path}: {error}") from error
     left_out: list[str] = []
-    leaves = dict(_leaves(str(path), tree, (), left_out))
-    return contents_of(str(path), Tree(leaves), like, left_out)
+    texts: dict[str, str] = {}
+    leaves: dict[str, Leaf] = {}
+    for name, leaf in _leaves(str(path), tree, (), texts, left_out):
+        if name in leaves:
+            raise CorruptError(f"{path}: {name}: two keys of one map are written alike")
+        leaves[name] = leaf
+    return contents_of(str(path), Tree(leaves, texts), like, left_out)
 
 
 def _extension(code: int, data: memoryview) -> Any:
@@ -66,7 +71,9 @@ def _extension(code: int, data: memoryview) -> Any:
     raise CorruptError(f"an extension of type {code}, which Flax does not write")
 
 
-def _leaves(where: str, tree: Any, path: tuple[str, ...], left_out: list[str]) -> Iterator[tuple[str, Leaf]]:
+def _leaves(
+    where: str, tree: Any, path: tuple[str, ...], texts: dict[str, str], left_out: list[str]
+) -> Iterator[tuple[str, Leaf]]:
     name = names.join(path)
     if len(path) > MAX_DEPTH:
         raise CorruptError(f"{where}: nested deeper than {MAX_DEPTH} levels")
@@ -75,11 +82,13 @@ def _leaves(where: str, tree: Any, path: tuple[str, ...], left_out: list[str]) -
     elif isinstance(tree, dict | list):
         pairs = tree.items() if isinstance(tree, dict) else enumerate(tree)
         for key, child in pairs:
-            yield from _leaves(where, child, (*path, str(key)), left_out)
+            yield from _leaves(where, child, (*path, str(key)), texts, left_out)
     elif isinstance(tree, np.ndarray):
         yield name, _array_leaf(tree)
-    elif isinstance(tree, bool | int | float):
+    elif isinstance(tree, bool | int | float | complex):
         yield name, leaf_of(tree)
+    elif isinstance(tree, str):
+        texts[name] = tree
     elif tree is not None:
         left_out.append(f"{name}: {tree!r:.80}, which is no array")
 
@@ -93,6 +102,8 @@ def _joined(where: str, tree: dict[str, Any]) -> np.ndarray:
     try:
         shape = tuple(int(tree["shape"][str(axis)]) for axis in range(len(tree["shape"])))
         chunks = [tree["chunks"][str(index)] for index in range(len(tree["chunks"]))]
+        if len({chunk.dtype for chunk in chunks}) > 1:
+            raise ValueError(f"chunks of several types: {', '.join(sorted({str(chunk.dtype) for chunk in chunks}))}")
         if size_problem(shape, 1) or sum(chunk.size for chunk in chunks) != math.prod(shape):
             raise ValueError(f"chunks of {[chunk.size for chunk in chunks]} elements for shape {list(shape)}")
         return np.concatenate(chunks).reshape(shape)

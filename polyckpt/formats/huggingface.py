@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import msgspec
 from polyckpt.adapter import Contents
 from polyckpt.errors import CorruptError
 from polyckpt.formats import safetensors, table
+from polyckpt.formats.archives import Records
 from polyckpt.formats.described import Like, contents_of
 from polyckpt.formats.table import Format
 from polyckpt.formats.writing import Source
@@ -23,19 +25,28 @@ WEIGHTS = ("model.safetensors", "adapter_model.safetensors", "pytorch_model.bin"
 """Names of files that hold a whole model, the one that transformers prefers first."""
 INDEX = ".index.json"
 TRAINER = "trainer_state.json"
+_CHECKPOINT = re.compile(r"checkpoint-(\d{1,18})")
 SHARD_BYTES = 5_000_000_000
 """Beyond this a model is written in several files, as transformers does by default."""
 _LEFT = {
     "training_args.bin": "the arguments of the Trainer, a pickle of a class of transformers",
-    "rng_state.pth": "random states, in a pickle that would call functions of NumPy",
 }
 
 
 def recognises(path: Path) -> bool:
-    """Whether it is such a folder, or the index of one."""
+    """Whether it is such a folder, or the index of one, or what a Trainer writes its checkpoints into."""
     if path.is_file():
         return path.name.endswith(INDEX) and _weights(path.parent) is not None
-    return path.is_dir() and _weights(path) is not None
+    return path.is_dir() and (_weights(path) is not None or bool(steps(path)))
+
+
+def steps(path: Path) -> list[Path]:
+    """The checkpoints in the directory of a Trainer that holds no model of its own, oldest first."""
+    if not path.is_dir() or _weights(path) is not None:
+        return []
+    found = {each: _CHECKPOINT.fullmatch(each.name) for each in path.iterdir() if (each / TRAINER).is_file()}
+    numbers = {each: int(matched[1]) for each, matched in found.items() if matched and _weights(each) is not None}
+    return sorted(numbers, key=numbers.__getitem__)
 
 
 def _weights(folder: Path) -> str | None:
@@ -50,7 +61,8 @@ def read(path: Path, like: Like | None) -> Contents:
     assert name is not None
     left_out = [f"{each}: another copy of the weights" for each in _others(folder, name)]
     left_out += [f"{each}: {why}" for each, why in _LEFT.items() if (folder / each).is_file()]
-    weights, adapter = _index(folder, name, left_out) if name.endswith(INDEX) else _file(folder, name)
+    records = Records()
+    weights, adapter = _index(folder, name, left_out, records) if name.endswith(INDEX) else _file(folder, name, records)
     if (folder / TRAINER).is_file() and adapter == "torch":
         found: Contents = table.call(
             "polyckpt.adapters.torch.trainer:contents_of",
@@ -60,9 +72,10 @@ def read(path: Path, like: Like | None) -> Contents:
             weights,
             like,
             left_out,
+            records,
         )
         return found
-    return contents_of(weights, like, adapter=adapter, type=_type(folder), left_out=left_out)
+    return contents_of(weights, like, adapter=adapter, type=_type(folder), left_out=left_out, check=records.check)
 
 
 def _others(folder: Path, chosen: str) -> list[str]:
@@ -86,18 +99,18 @@ def json_of(path: Path) -> dict[str, Any]:
         raise CorruptError(f"{path}: not an object of JSON: {error}") from error
 
 
-def _file(folder: Path, name: str) -> tuple[dict[str, Leaf], str]:
-    """The tensors of one file by name, and the adapter that they are of."""
+def _file(folder: Path, name: str, records: Records) -> tuple[dict[str, Leaf], str]:
+    """The tensors of one file by name, and the adapter that they are of. records: gets the checksums that it keeps."""
     if name.endswith(".safetensors"):
         reader = TensorFileReader(folder, name)
         return safetensors.leaves(reader), safetensors.ADAPTERS.get(reader.metadata.get("format", "pt"), "torch")
     leaves: dict[str, Leaf] = table.call(
-        "polyckpt.adapters.torch.files:leaves_of_file", "a file of torch.save", "polyckpt[torch]", folder / name
+        "polyckpt.adapters.torch.files:leaves_of_file", "a file of torch.save", "polyckpt[torch]", folder / name, records
     )
     return leaves, "torch"
 
 
-def _index(folder: Path, name: str, left_out: list[str]) -> tuple[dict[str, Leaf], str]:
+def _index(folder: Path, name: str, left_out: list[str], records: Records) -> tuple[dict[str, Leaf], str]:
     """The tensors of all shards that an index names, each out of the file where it says that it is."""
     told = json_of(folder / name).get("weight_map")
     if not isinstance(told, dict) or not all(isinstance(each, str) for each in told.values()):
@@ -109,7 +122,7 @@ def _index(folder: Path, name: str, left_out: list[str]) -> tuple[dict[str, Leaf
             raise CorruptError(f"{folder / name}: {shard!r} is not the name of a file in the folder")
         if not (folder / shard).is_file():
             raise CorruptError(f"{folder / shard}: missing, but {name} says that tensors are in it")
-        shards[shard], adapter = _file(folder, shard)
+        shards[shard], adapter = _file(folder, shard, records)
     absent = [f"{tensor} in {shard}" for tensor, shard in told.items() if tensor not in shards[shard]]
     if absent:
         raise CorruptError(f"{folder / name}: names tensors that are not there: {', '.join(absent[:5])}")
@@ -169,6 +182,7 @@ FOLDER = Format(
     title="a Hugging Face folder",
     adapter="torch",
     recognises=recognises,
+    steps=steps,
     reader="polyckpt.formats.huggingface:read",
     writer="polyckpt.formats.huggingface:write",
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 from polyckpt import schema, snapshot
 from polyckpt.adapter import Contents
 from polyckpt.checkpoint import Checkpoint, StoredTensor
-from polyckpt.errors import NotACheckpointError, UnsupportedError
+from polyckpt.errors import NotACheckpointError, PolyckptError, StorageError, UnsupportedError
 from polyckpt.formats import table
 from polyckpt.formats.described import Like
 from polyckpt.formats.reading import ReadTensor
@@ -51,6 +51,8 @@ class Foreign(Captured):
 
     def __init__(self, path: Path, format: str, contents: Contents, *, verify: bool) -> None:
         made = snapshot.compose(contents)
+        if contents.check is not None:
+            made.sections.compare(contents.check)
         if verify:
             made.sections.check_reads()
         super().__init__(path, made, verify=verify)
@@ -91,7 +93,14 @@ def open_(
                 f"{wanted}: {chosen.title} holds what {chosen.adapter} writes; `like` is a model of {asked.adapter}"
             )
         asked = None
-    return Foreign(wanted, chosen.name, chosen.read(wanted, asked), verify=verify)
+    wanted = [wanted, *chosen.steps(wanted)][-1]
+    try:
+        contents = chosen.read(wanted, asked)
+    except OSError as error:
+        if isinstance(error, PolyckptError):
+            raise
+        raise StorageError(error.errno, f"cannot read {wanted}: {error.strerror or error}") from error
+    return Foreign(wanted, chosen.name, contents, verify=verify)
 
 
 def _exists(path: Path) -> bool:

@@ -6,17 +6,20 @@ So a further framework brings those of its own, and nothing here changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.metadata import entry_points
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from polyckpt.errors import AdapterError, NotACheckpointError, StorageError, UnsupportedError
 
 GROUP = "polyckpt.formats"
+_LISTED = 100
+"""Of a directory that is no checkpoint so many entries are looked at, whether they are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +30,7 @@ class Format:
     recognises: tells by the content of a file or directory, reading little, importing no framework. reader: "module:function",
     called as read(path, like) -> Contents. writer: likewise, as write(source, target), "" where it cannot be written.
     suffixes: of the names of such files; only for choosing a format to write. needs: what to install, as pip calls it.
+    steps: the checkpoints in a directory of many of a run, oldest first; what opens it opens the newest.
     """
 
     name: str
@@ -37,6 +41,7 @@ class Format:
     writer: str = ""
     suffixes: tuple[str, ...] = ()
     needs: str = ""
+    steps: Callable[[Path], Sequence[Path]] = lambda path: ()
 
     def read(self, path: Path, like: Any) -> Any:
         """The `Contents` of a path. Raises AdapterError, naming what to install, and as readers do."""
@@ -88,6 +93,11 @@ def candidates(path: Path) -> list[Format]:
         raise StorageError(error.errno, f"cannot read {path}: {error.strerror}") from error
 
 
+def steps(path: Path) -> list[Path]:
+    """The checkpoints in a directory that is one of a whole run in a format of others, oldest first."""
+    return [step for each in candidates(path) for step in each.steps(path)]
+
+
 def of(path: Path) -> Format:
     """The format that the content of `path` is in.
 
@@ -101,6 +111,8 @@ def of(path: Path) -> Format:
             f"{path}: holds several kinds of checkpoints: {', '.join(each.title for each in found)}. "
             f"Name the file that is meant, or pass format= one of {', '.join(each.name for each in found)}"
         )
+    if path.is_dir() and (inside := [each.name for each in islice(sorted(path.iterdir()), _LISTED) if candidates(each)]):
+        raise NotACheckpointError(f"{path}: a directory of checkpoints, {', '.join(inside)}: name the one that is meant")
     known = ", ".join(sorted(each.title for each in formats().values()))
     raise NotACheckpointError(f"{path}: neither a checkpoint of polyckpt nor one of: {known}")
 

@@ -9,7 +9,8 @@ from polyckpt.formats.table import Format
 
 INDEX = ".index"
 STATE = "checkpoint"
-_LATEST = re.compile(r'^model_checkpoint_path:\s*"([^"/\\]+)"', re.MULTILINE)
+_LATEST = re.compile(r'^model_checkpoint_path:\s*"(?:[^"\n]*/)?([^"/\\\n]+)"', re.MULTILINE)
+"""The name of the latest in the file of this state; wherever it says that is, it is taken to lie beside."""
 
 
 def recognises(path: Path) -> bool:

@@ -29,9 +29,17 @@ def check(target: Path, format: Format, *, overwrite: bool) -> None:
         return
     if not overwrite:
         raise CheckpointExistsError(f"{target}: is there already. Write to another path, or pass overwrite=True (--force)")
-    if target.is_symlink() or (target.is_dir() and any(target.iterdir()) and not format.recognises(target)):
-        what = "a symbolic link" if target.is_symlink() else f"a directory that is no {format.title}"
+    if target.is_symlink() or (target.is_dir() and any(target.iterdir()) and not _is_one(target, format)):
+        what = (
+            "a symbolic link"
+            if target.is_symlink()
+            else f"a directory that holds several checkpoints, or is not {format.title}"
+        )
         raise CheckpointExistsError(f"{target}: {what}, so it is not replaced. Write to another path")
+
+
+def _is_one(target: Path, format: Format) -> bool:
+    return format.recognises(target) and not format.steps(target)
 
 
 def write(source: Source, target: Path, format: Format, *, overwrite: bool) -> None:
