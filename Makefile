@@ -9,7 +9,7 @@ JOBS ?= 2
 export CUDA_VISIBLE_DEVICES =
 export TF_CPP_MIN_LOG_LEVEL = 3
 
-.PHONY: demo test lint types golden clean
+.PHONY: demo test lint types bench crash golden clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/demo.py
@@ -28,6 +28,10 @@ types: $(STAMP)
 	$(BIN)/python -m build --quiet --wheel --outdir $(WHEEL_CHECK)/dist
 	$(BIN)/pip install --quiet --no-deps --target $(WHEEL_CHECK)/site $(WHEEL_CHECK)/dist/*.whl
 	cd $(WHEEL_CHECK)/site && $(CURDIR)/$(BIN)/mypy --config-file $(CURDIR)/pyproject.toml --cache-dir $(CURDIR)/.mypy_cache -p polyckpt
+
+# A lent GPU is to be seen here, and only here.
+bench: $(STAMP)
+	env -u CUDA_VISIBLE_DEVICES $(BIN)/python -m benchmarks.peers --write
 
 golden: $(STAMP)
 	$(BIN)/python tests/golden/make.py

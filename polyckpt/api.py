@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from polyckpt import conversion, objects, parity, plans, registry, residue, schema, snapshot
+from polyckpt import collecting, conversion, objects, parity, plans, registry, residue, schema, snapshot
 from polyckpt.adapter import NO_OPTIMIZER, Adapter, Parts, Restore, StoredModel, StoredOptimizer
 from polyckpt.checkpoint import Checkpoint, verify_all
 from polyckpt.conversion import Report
@@ -493,6 +493,7 @@ def _probe(checkpoint: Checkpoint, native: Mapping[str, Any]) -> parity.Probe | 
         return parity.decode(residue.live(native.get("probe")))
 
 
+@collecting.paused()
 def _prepare(
     checkpoint: Checkpoint,
     native: Mapping[str, Any],
@@ -578,6 +579,7 @@ def _prepare_optimizer(checkpoint: Checkpoint, native: Mapping[str, Any], parts:
     return adapter.prepare_optimizer(optimizer, stored, owner.parameters(parts.model), parts.model)
 
 
+@collecting.paused()
 def _apply(prepared: Mapping[str, Restore]) -> dict[str, Any]:
     """Run every `apply` in order: foreign code first, since it alone can fail, and random states last."""
     done: list[Restore] = []

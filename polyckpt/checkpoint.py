@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from polyckpt import collecting
 from polyckpt import manifest as manifest_file
 from polyckpt.checksums import checksum_in_blocks
 from polyckpt.dtypes import lookup
@@ -186,6 +187,11 @@ class Checkpoint:
         Raises NotACheckpointError, CorruptError, VersionError or StorageError; each says what was found instead.
         """
         self.verifies = verify
+        with collecting.paused():
+            self._settle(path)
+
+    def _settle(self, path: str | os.PathLike[str]) -> None:
+        """Open what is there once it stays what it is."""
         wanted = local.absolute(path)
         for _ in range(_ATTEMPTS):
             self.path = local.locate(wanted)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from typing import Any
@@ -59,17 +60,24 @@ class Leaf:
         return dataclasses.replace(self, read=checked_read)
 
 
-def array_leaf(array: np.ndarray, kind: str = "numpy") -> Leaf:
-    """The leaf of a NumPy array of any layout. Raises UnsupportedError for element types that are not numbers."""
-    dtype = array.dtype
+@functools.cache
+def name_of(dtype: np.dtype) -> str:
+    """The neutral name of a NumPy type. Raises UnsupportedError for what are no numbers."""
     # Only numbers have a bit pattern that another program can read; ml_dtypes register as kind "V".
     if dtype.hasobject or dtype.names or dtype.kind in "OSUMm" or dtype.name.startswith(("void", "longdouble")):
         raise UnsupportedError(f"a NumPy array of dtype {dtype} cannot be stored: only numbers and booleans can")
+    return dtype.name
+
+
+def array_leaf(array: np.ndarray, kind: str = "numpy") -> Leaf:
+    """The leaf of a NumPy array of any layout. Raises UnsupportedError for element types that are not numbers."""
+    dtype = array.dtype
+    name = name_of(dtype)
     pointer = array.__array_interface__["data"][0]
     if isinstance(array, np.ma.MaskedArray):
         raise UnsupportedError("a masked array cannot be stored: its mask would be lost. Store data and mask apart")
     return Leaf(
-        dtype=dtype.name,
+        dtype=name,
         shape=array.shape,
         read=lambda: np.ascontiguousarray(array, dtype=dtype.newbyteorder("<") if dtype.byteorder == ">" else None),
         identity=(pointer, array.shape, array.strides, dtype.str) if array.size else None,

@@ -182,8 +182,9 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     places = manifest.files.keys() | manifest.arrays.keys()
     for section, tensors in manifest.tensors.items():
         for name, tensor in tensors.items():
-            for problem in _chunk_problems(tensor, places):
-                yield f"tensors: {section}: {name}: {problem}"
+            if not _is_whole(tensor, places):
+                for problem in _chunk_problems(tensor, places):
+                    yield f"tensors: {section}: {name}: {problem}"
             for chunk in tensor.chunks:
                 if (chunk.file, chunk.key) in used:
                     yield f"tensors: {section}: {name}: {chunk.key} of {chunk.file} is the chunk of another one too"
@@ -207,6 +208,17 @@ def _problems(manifest: Manifest) -> Iterator[str]:
             yield f"native: refers to the tensor {name}, which is not stored"
 
 
+def _is_whole(tensor: Tensor, places: AbstractSet[str]) -> bool:
+    """Whether it is one chunk without a problem, as nearly all are."""
+    shape, chunks = tensor.shape, tensor.chunks
+    if len(chunks) != 1:
+        return False
+    (chunk,) = chunks
+    itemsize = DTYPES[tensor.dtype].itemsize if tensor.dtype in DTYPES else 1
+    inside = chunk.shape == shape and len(chunk.offset) == len(shape) and not any(chunk.offset)
+    return inside and chunk.file in places and size_problem(shape, itemsize) is None
+
+
 def _chunk_problems(tensor: Tensor, places: AbstractSet[str]) -> Iterator[str]:
     itemsize = DTYPES[tensor.dtype].itemsize if tensor.dtype in DTYPES else 1
     if problem := size_problem(tensor.shape, itemsize):
@@ -215,8 +227,6 @@ def _chunk_problems(tensor: Tensor, places: AbstractSet[str]) -> Iterator[str]:
     for chunk in tensor.chunks:
         if chunk.file not in places:
             yield f"lies in {chunk.file!r}, which is not among the files"
-        if chunk.shape == tensor.shape and not any(chunk.offset) and len(chunk.offset) == len(tensor.shape):
-            continue  # the whole, as nearly all are
         if not len(chunk.offset) == len(chunk.shape) == len(tensor.shape) or any(
             offset < 0 or size < 0 or offset + size > whole
             for offset, size, whole in zip(chunk.offset, chunk.shape, tensor.shape, strict=False)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from polyckpt import __version__, manifest, objects, parity, registry, residue, schema
+from polyckpt import __version__, collecting, manifest, objects, parity, registry, residue, schema
 from polyckpt.adapter import Contents, OptimizerCapture
 from polyckpt.checkpoint import Checkpoint
 from polyckpt.errors import CheckpointError, StorageError
@@ -55,13 +55,14 @@ class Snapshot:
         in place. Raises as polyckpt.save does.
         """
         saved_at = datetime.datetime.now(datetime.UTC) if time is None else datetime.datetime.fromtimestamp(time, datetime.UTC)
-        with local.replacing(target, overwrite=overwrite) as directory:
+        with local.replacing(target, overwrite=overwrite) as directory, collecting.paused():
             where = self.sections.write(directory, self.metadata, store, None if before is None else _opened(before))
             finished = schema.Manifest(**self.draft, saved_at_utc=saved_at.isoformat(timespec="seconds"), run=run, **where)
             local.write_file(directory / manifest.FILE_NAME, manifest.encode(finished))
             before_commit()
 
 
+@collecting.paused()
 def capture(
     model: Any,
     optimizer: Any = None,

@@ -83,7 +83,7 @@ def value_like(value: Any, leaf: Leaf) -> Any:
     """The number in a leaf as one of the Python type that `value` has; None where it is not of that kind."""
     kind = _KINDS.get(type(value))
     found = number(leaf) if kind and not leaf.shape and np.issubdtype(lookup(leaf.dtype, "").numpy, kind) else None
-    return value
+    return None if found is None else type(value)(found)
 
 
 _STEP = "step"

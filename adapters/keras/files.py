@@ -109,7 +109,7 @@ class _Entry:
 
 
 def _written(model: Any) -> dict[str, Any]:
-    """What Keras would write of a model but for its optimizer: path of the dataset -> variable, or array. Nothing is written."""
+    """What Keras would write of a model but for its optimizer: path of the dataset -> variable, or array."""
     recorder = _Recorder()
     saving_lib._save_state(
         model, weights_store=recorder, assets_store=None, inner_path="", visited_saveables=set(_optimizers(model))

@@ -18,14 +18,13 @@ import numpy as np
 import tensorflow as tf
 from tensorflow.core.protobuf import trackable_object_graph_pb2
 
-from polyckpt.adapter import ModelCapture
+from polyckpt.adapter import Contents, ModelCapture
 from polyckpt.adapters.keras import files, variables
 from polyckpt.dtypes import lookup
 from polyckpt.errors import CorruptError, MismatchError, UnsupportedError
 from polyckpt.formats.described import Like, problems_of
 from polyckpt.formats.tensorflow_files import prefix_of
 from polyckpt.leaves import Leaf
-from polyckpt.snapshot import Contents
 
 _GRAPH, _COUNTER = "_CHECKPOINTABLE_OBJECT_GRAPH", "save_counter"
 _VALUE = "VARIABLE_VALUE"
@@ -48,7 +47,8 @@ class _Node:
 def read(path: Path, like: Like | None) -> Contents:
     """The variables of a checkpoint by the paths of their objects; by the names of `like` where it has these objects.
 
-    Raises CorruptError, UnsupportedError for a `like` on another backend, and MismatchError where a `like` that is required is not in it, or where several objects in it fit.
+    Raises CorruptError; UnsupportedError for a `like` on another backend; MismatchError where a required one is not in it,
+    or where several objects in it fit.
     """
     prefix = prefix_of(path)
     if prefix is None:

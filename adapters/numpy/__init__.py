@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import random
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar
@@ -214,6 +215,10 @@ def _prepare_tree(template: Any, tensors: Mapping[str, StoredTensor], others: Ma
     live = {names.join(path): leaf for path, leaf in residue.walk(template)}
     problems = []
     for name, leaf in live.items():
+        if name in tensors and isinstance(leaf, np.ndarray):
+            there = tensors[name]
+            if (there.shape, there.dtype) == (leaf.shape, _name_of(leaf.dtype)):
+                continue
         shown = f"{leaf.dtype.name}{list(leaf.shape)}" if isinstance(leaf, np.ndarray) else repr(leaf)
         if isinstance(leaf, np.ndarray) != (name in tensors) and (name in tensors or name in others):
             stored = str(tensors[name]) if name in tensors else repr(others[name])
@@ -222,7 +227,7 @@ def _prepare_tree(template: Any, tensors: Mapping[str, StoredTensor], others: Ma
             problems.append(Problem("missing", section, name, live=shown))
         elif name in tensors and tensors[name].shape != leaf.shape:
             problems.append(Problem("shape", section, name, stored=str(tensors[name]), live=shown))
-        elif name in tensors and tensors[name].dtype != leaf.dtype.name:
+        elif name in tensors:
             problems.append(Problem("dtype", section, name, stored=str(tensors[name]), live=shown))
     for name in {**tensors, **others}:
         if name not in live:
@@ -246,6 +251,11 @@ def _prepare_tree(template: Any, tensors: Mapping[str, StoredTensor], others: Ma
         problems=problems,
         tensors=[*tensors.values(), *residue.tensors(dict(others))],
     )
+
+
+@functools.cache
+def _name_of(dtype: np.dtype) -> str:
+    return dtype.name  # which NumPy puts together each time
 
 
 def _rebuild(tree: Any, value: Callable[[tuple[Any, ...], Any], Any], path: tuple[Any, ...] = ()) -> Any:

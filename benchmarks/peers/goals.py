@@ -1,0 +1,85 @@
+"""What is to be reached: medians of polyckpt, each in relation to that of a peer in the same run, or absolute."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from benchmarks.peers.measuring import Measured
+
+
+@dataclass(frozen=True)
+class Goal:
+    """At most `limit` times what `against` takes, or at most `limit` where there is none.
+
+    key: of the work. factor: from the unit that is measured in to that of the limit, whose name is `unit`.
+    """
+
+    what: str
+    key: str
+    ours: str
+    limit: float
+    against: str | None = None
+    unit: str = "x"
+    factor: float = 1.0
+
+    @property
+    def text(self) -> str:
+        """As it is put to people."""
+        return f"≤ {self.limit:g}{self.unit} {self.against}" if self.against else f"≤ {self.limit:g} {self.unit}"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What was measured for a goal."""
+
+    goal: Goal
+    value: float
+
+    @property
+    def reached(self) -> bool:
+        """Whether the goal is."""
+        return self.value <= self.goal.limit
+
+
+_DURABLE = "save (a), durable, checksummed"
+_VERIFIED = "load (a) into live model and optimizer, verified"
+_UNVERIFIED = "load (a), verify=False"
+_BLOCKED = "async save (a): training blocked"
+_FULL = "polyckpt, full save"
+
+GOALS = (
+    Goal(_DURABLE, "a/durable", "polyckpt", 1.10, "raw write"),
+    Goal(_DURABLE, "a/durable", "polyckpt", 0.5, "torch.save"),
+    Goal(_DURABLE, "a/durable", "polyckpt", 0.33, "DCP"),
+    Goal(_DURABLE + ", JAX arrays", "a/durable", "polyckpt (JAX)", 0.2, "Orbax"),
+    Goal(_VERIFIED, "a/load", "polyckpt", 1.2, "raw read"),
+    Goal(_VERIFIED, "a/load", "polyckpt", 1.0, "torch.load + load_state_dict"),
+    Goal(_UNVERIFIED, "a/load", "polyckpt, verify=False", 1.1, "torch.load(mmap=True) + load_state_dict"),
+    Goal(_UNVERIFIED, "a/load", "polyckpt, verify=False", 1.0, "safetensors load_file + copy_"),
+    Goal(_BLOCKED, "a/blocked", "polyckpt", 1.1, "one copy"),
+    Goal(_BLOCKED, "a/blocked", "polyckpt", 0.2, "DCP async_save"),
+    Goal(_BLOCKED + ", JAX arrays", "a/blocked", "polyckpt (JAX)", 5, unit="ms", factor=1000),
+    Goal("save (b), not durable", "b/save", "polyckpt (JAX)", 3, unit="ms", factor=1000),
+    Goal("load (b)", "b/load", "polyckpt (JAX)", 2, unit="ms", factor=1000),
+    Goal("save (c), not durable", "c/save", "polyckpt", 1.5, "safetensors"),
+    Goal("load (c)", "c/load", "polyckpt", 1.5, "safetensors"),
+    Goal("inspect (c)", "c/inspect", "polyckpt", 1.5, "safetensors"),
+    Goal("2nd save (d): bytes written", "d/bytes", "polyckpt, 2nd save of a run", 0.06, _FULL),
+    Goal("3rd save (d): bytes written", "d/bytes", "polyckpt, 3rd save of a run", 0.06, _FULL),
+    Goal("2nd save (d): time", "d/time", "polyckpt, 2nd save of a run", 0.15, _FULL),
+    Goal("3rd save (d): time", "d/time", "polyckpt, 3rd save of a run", 0.15, _FULL),
+    Goal("extra memory of a sync save (a)", "a/memory", "polyckpt.save", 64, unit="MB"),
+    Goal("extra memory of a load (a)", "a/memory", "polyckpt.load", 64, unit="MB"),
+    Goal("import polyckpt, new process", "startup", "import polyckpt", 150, unit="ms", factor=1000),
+    Goal("polyckpt ls of 1,000 checkpoints, new process", "startup", "polyckpt ls", 300, unit="ms", factor=1000),
+)
+
+
+def outcomes(results: Mapping[str, Measured]) -> Iterator[Outcome]:
+    """The goals of everything that was measured; `results` by the key of the work."""
+    for goal in GOALS:
+        if goal.key in results:
+            found = results[goal.key]
+            value = found.median(goal.ours) * goal.factor
+            yield Outcome(goal, value / found.median(goal.against) if goal.against else value)
