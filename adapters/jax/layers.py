@@ -20,8 +20,31 @@ def describe(tree: Any, weights: Mapping[str, Leaf]) -> tuple[list[Layer], Liter
 
     Objects and sequences keep the order of definition; JAX sorts the keys of a dict.
     """
+    structure = _structure(tree, weights)
+    if structure is not None and _LAST and _LAST[0][0] == structure:
+        return _LAST[0][1]
     described = _described(tree, weights)
-    return described.layers, "name" if described.sorted else "definition"
+    result = described.layers, "name" if described.sorted else "definition"
+    if structure is not None:
+        _LAST[:] = [(structure, result)]
+    return result
+
+
+_LAST: list[Any] = []
+"""The structure that was described last, and its layers: a training loop saves the same one again and again."""
+
+
+def _structure(tree: Any, weights: Mapping[str, Leaf]) -> Any:
+    """All of a pytree on which its description depends; None where that cannot be compared, or objects of nnx are in it."""
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda value: trees.is_variable(value) or trees.is_graph(value))
+    if any(trees.is_graph(leaf) or trees.is_variable(leaf) for leaf in leaves):
+        return None
+    told = tuple((leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else (type(leaf), leaf) for leaf in leaves)
+    try:
+        hash((treedef, told))
+    except (TypeError, ValueError):
+        return None
+    return treedef, told, tuple(weights)
 
 
 def nodes(tree: Any) -> dict[str, tuple[Any, Layer]]:

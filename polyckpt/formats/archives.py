@@ -59,7 +59,7 @@ class EntryCheck:
         """Raises CorruptError, and does so again at the next call."""
         with self._lock:
             if not self._done:
-                pass
+                check_entry(self._path, self._name)
                 self._done = True
 
 
