@@ -6,19 +6,21 @@ import enum
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import msgspec
 import typer
 
-from polyckpt import differences, schema
+from polyckpt import schema
 from polyckpt.checkpoint import verify_all
 from polyckpt.cli import factories, pictures, runs, screen
 from polyckpt.errors import CheckpointError, PlanError, PolicyError
 from polyckpt.formats import table
 from polyckpt.formats.opened import Foreign, open_
 from polyckpt.policy import value_of
-from polyckpt.slots import numbers
+
+if TYPE_CHECKING:
+    from polyckpt import differences
 
 app = typer.Typer(
     help="Checkpoints of PyTorch, Keras and JAX on disk: list, show, verify, compare, convert, plot and prune them.",
@@ -168,6 +170,8 @@ def show(checkpoint: CheckpointPath, like: LikeOption = None, json: AsJson = Fal
 
 
 def _show_optimizer(out: Any, optimizer: schema.Optimizer) -> None:
+    from polyckpt.slots import numbers
+
     step = "" if optimizer.step is None else f", step {optimizer.step}"
     rows: list[tuple[Any, ...]] = []
     for index, group in enumerate(optimizer.groups):
@@ -237,6 +241,8 @@ def diff(
 
     Exits with 1 where anything differs. Example: polyckpt diff runs/digits/best runs/digits/last
     """
+    from polyckpt import differences  # as in `convert`
+
     made = _made(like)
     pair = factories.opened(one, made), factories.opened(other, made)
     entries = list(differences.compare(*pair, demanded(rule, rules)))
@@ -296,6 +302,8 @@ def plan(
 
     Example: polyckpt plan runs/torch/last runs/keras/last
     """
+    from polyckpt import differences
+
     models = _made(like)
     pair = factories.opened(one, models), factories.opened(other, models)
     made = differences.plan_between(*pair, demanded(rule, rules))

@@ -7,7 +7,6 @@ from typing import Annotated, Any
 
 import typer
 
-from polyckpt import api
 from polyckpt.cli import factories, screen
 from polyckpt.cli.commands import CheckpointPath, LikeOption, RuleFile, Rules, app, demanded
 from polyckpt.errors import UnsupportedError
@@ -38,6 +37,8 @@ def convert(
     Examples: polyckpt convert runs/digits/best digits.safetensors
     polyckpt convert model.pt model.keras --like nets:torch_net --like nets:keras_net
     """
+    from polyckpt import api  # what converts takes longer to import than to list a run
+
     made = [factories.made(name) for name in like or ()]
     chosen = _format(target, to)
     described = factories.source_of(source, made)
