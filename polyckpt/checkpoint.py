@@ -261,9 +261,8 @@ def verify_all(tensors: Iterable[StoredTensor], done: Callable[[StoredTensor], N
 
 def in_threads(items: Iterable[_T], work: Callable[[_T], object], *, size: Callable[[_T], int]) -> None:
     """Do work that releases the GIL in a few threads. size: of an item, in elements or bytes. Raises the first error."""
-    large, small = [], []
-    for item in items:
-        (small if size(item) < _SMALL else large).append(item)
+    listed = list(items)
+    large, small = ([item for item in listed if (size(item) < _SMALL) is is_small] for is_small in (False, True))
     if len(large) < 2:
         for item in (*large, *small):
             work(item)

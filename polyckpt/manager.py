@@ -121,6 +121,7 @@ class CheckpointManager:
         self._history = History(self.directory)
         self._run = Run(self._rules, int(time.time()))
         self._restored: Record | None = None  # what was restored last, until something is added to the run
+        self._read_only: Record | None = None  # what was restored as the last while another process wrote
         self._resumed = False  # whether its optimizer was restored too
         self._resumed_from: set[int] = set()  # what is not deleted as long as this process lives
         self._writing: Record | None = None
@@ -274,6 +275,7 @@ class CheckpointManager:
         """
         self._surface(wait=True)
         if step == "last":
+            self._read_only = None
             try:
                 self._open()
             except (LockedError, StorageError) as error:
@@ -301,6 +303,8 @@ class CheckpointManager:
                 continue
             self._report_damaged(errors, record)
             self._restored, self._resumed = record, restored.optimizer is not None
+            if step == "last" and not self._files.claimed:
+                self._read_only = record
             if step != "best":
                 self._resumed_from.add(record.sequence)
             if self._files.claimed:
@@ -409,11 +413,22 @@ class CheckpointManager:
         self._files.claim()
         try:
             self._look()
+            self._check_overtaken()
             self._run.id = self._run.id or secrets.token_hex(8)
             self._history.begin(self._run.id)
         except BaseException:
             self._files.release()
             raise
+
+    def _check_overtaken(self) -> None:
+        """Raise where another process went on with the run after this one had restored its end, without being its writer."""
+        newest = self._run.records[-1] if self._run.records else None
+        if newest is not None and self._read_only is not None and newest.sequence > self._read_only.sequence:
+            raise RunError(
+                f"{self.directory}: another process went on to {where(newest)} after this one had restored "
+                f"{where(self._read_only)}, read-only. Call restore() again, or use another directory"
+            )
+        self._read_only = None
 
     def _look(self) -> None:
         """Read what lies on disk; the only writer knows it already."""

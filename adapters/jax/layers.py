@@ -15,7 +15,10 @@ from polyckpt.leaves import Leaf
 from polyckpt.schema import Layer, Role, to_number
 
 
-def describe(tree: Any, weights: Mapping[str, Leaf]) -> tuple[list[Layer], Literal["definition", "name"]]:
+Order = Literal["definition", "name"]
+
+
+def describe(tree: Any, weights: Mapping[str, Leaf]) -> tuple[list[Layer], Order]:
     """A layer for every object that holds some of `weights`, and their order.
 
     Objects and sequences keep the order of definition; JAX sorts the keys of a dict.
@@ -24,13 +27,13 @@ def describe(tree: Any, weights: Mapping[str, Leaf]) -> tuple[list[Layer], Liter
     if structure is not None and _LAST and _LAST[0][0] == structure:
         return _LAST[0][1]
     described = _described(tree, weights)
-    result = described.layers, "name" if described.sorted else "definition"
+    order: Order = "name" if described.sorted else "definition"
     if structure is not None:
-        _LAST[:] = [(structure, result)]
-    return result
+        _LAST[:] = [(structure, (described.layers, order))]
+    return described.layers, order
 
 
-_LAST: list[Any] = []
+_LAST: list[tuple[Any, tuple[list[Layer], Order]]] = []
 """The structure that was described last, and its layers: a training loop saves the same one again and again."""
 
 

@@ -64,7 +64,7 @@ def _candidates(path: Path, datasets: Datasets, like: Like | None) -> Any:
 def _made(path: Path, config: Mapping[str, Any]) -> Any:
     """The model of a configuration."""
     try:
-        made = keras.saving.deserialize_keras_object(_of_any_backend(config), safe_mode=False)
+        made = keras.saving.deserialize_keras_object(_of_any_backend(config), safe_mode=True)
     except Exception as error:  # a configuration may lead into any constructor
         raise UnsupportedError(
             f"{path}: Keras does not make its model of the configuration: {str(error).strip()[:500]}. Register the class "

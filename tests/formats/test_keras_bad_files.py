@@ -289,6 +289,25 @@ def test_hdf5_that_claims_what_it_has_not(tmp_path: Path, kind: str) -> None:
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50 << 10
 
 
+def test_datasets_that_share_their_bytes_are_refused(tmp_path: Path) -> None:
+    """So could a small file be read as a large one."""
+
+    def fill(file: Any) -> None:
+        for name in ("first", "second"):
+            file[name] = np.ones(1 << 14, "f4")
+            offsets.append(file[name].id.get_offset())
+
+    offsets: list[int] = []
+    path = with_hdf5(tmp_path / "m.weights.h5", fill)
+    data = bytearray(path.read_bytes()[: offsets[1]].replace(struct.pack("<Q", offsets[1]), struct.pack("<Q", offsets[0])))
+    data[40:48] = struct.pack("<Q", len(data))  # where the file says that it ends
+    path.write_bytes(data)
+    with h5py.File(path) as file:
+        assert file["second"][5] == 1
+    with pytest.raises(CorruptError, match=r"its datasets claim 131072 bytes, and all of it has \d+"):
+        polyckpt.open(path)
+
+
 def test_a_type_that_does_not_fit_is_refused_and_another_order_of_bytes_is_read(tmp_path: Path) -> None:
     def fill(file: Any) -> None:
         file["a/vars/0"] = np.arange(5, dtype=">f4")
