@@ -413,22 +413,11 @@ class CheckpointManager:
         self._files.claim()
         try:
             self._look()
-            self._check_overtaken()
             self._run.id = self._run.id or secrets.token_hex(8)
             self._history.begin(self._run.id)
         except BaseException:
             self._files.release()
             raise
-
-    def _check_overtaken(self) -> None:
-        """Raise where another process went on with the run after this one had restored its end, without being its writer."""
-        newest = self._run.records[-1] if self._run.records else None
-        if newest is not None and self._read_only is not None and newest.sequence > self._read_only.sequence:
-            raise RunError(
-                f"{self.directory}: another process went on to {where(newest)} after this one had restored "
-                f"{where(self._read_only)}, read-only. Call restore() again, or use another directory"
-            )
-        self._read_only = None
 
     def _look(self) -> None:
         """Read what lies on disk; the only writer knows it already."""
@@ -455,6 +444,11 @@ class CheckpointManager:
             warnings.warn(f"epoch {epoch} came without metrics, so it is no candidate by {wanted}", stacklevel=3)
         record = Record(sequence=1, time=int(time.time()), epoch=epoch, step=step, batch=batch, metrics=numbers)
         origin = self._run.went_back(record, self._restored, resumed=self._resumed, directory=str(self.directory))
+        if origin is not None and origin == self._read_only:
+            raise RunError(
+                f"{self.directory}: another process went on to {where(self._run.records[-1])} after this one had restored "
+                f"{where(origin)}, read-only. Call restore() again, or use another directory"
+            )
         if origin is not None:
             return replace(record, sequence=origin.sequence + 1), origin
         last = self._run.records[-1] if self._run.records else None
@@ -470,7 +464,7 @@ class CheckpointManager:
         record = replace(record, name=self._files.free_name(name) if name else None)
         self._history.add(record)
         self._run.add(record)
-        self._restored = self._failed = None
+        self._restored = self._failed = self._read_only = None
         return record
 
     def _go_back(self, record: Record) -> None:

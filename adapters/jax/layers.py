@@ -14,7 +14,6 @@ from polyckpt.layers import CUSTOM, axes
 from polyckpt.leaves import Leaf
 from polyckpt.schema import Layer, Role, to_number
 
-
 Order = Literal["definition", "name"]
 
 

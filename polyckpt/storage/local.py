@@ -88,7 +88,7 @@ def replacing(target: Path, *, overwrite: bool) -> Iterator[Path]:
         yield temporary
         try:
             sync_directory(temporary)
-            _commit(temporary, target, overwrite)
+            replaced = _commit(temporary, target, overwrite)
         except CheckpointExistsError:
             raise
         except OSError as error:
@@ -99,9 +99,11 @@ def replacing(target: Path, *, overwrite: bool) -> Iterator[Path]:
             raise StorageError(
                 error.errno, f"{target} is saved, but a loss of power might undo that: cannot sync {parent}: {error.strerror}"
             ) from error
+        if replaced is not None:
+            discard(replaced)
     finally:
         # After a replacement this is the old checkpoint, after a failure the unfinished one, else nothing.
-        shutil.rmtree(temporary, ignore_errors=True)
+        discard(temporary)
         unlock(lock)
 
 
@@ -152,7 +154,7 @@ class Replacement:
         if self._discarded:
             return
         self._discarded = True
-        shutil.rmtree(self._directory, ignore_errors=True)
+        discard(self._directory)
         unlock(self._lock)
 
 
@@ -338,6 +340,12 @@ def _remove_leftover(path: Path) -> None:
         os.close(lock)
 
 
+def discard(path: Path) -> None:
+    """Remove a directory as far as that can be done; the next save beside it removes the rest."""
+    with contextlib.suppress(OSError):  # which comes in spite of ignore_errors, from fstat
+        shutil.rmtree(path, ignore_errors=True)
+
+
 def _remove(path: Path) -> None:
     """Remove a directory that nobody needs, once what is in its place is certain to stay there.
 
@@ -345,7 +353,7 @@ def _remove(path: Path) -> None:
     replacement but not the removal.
     """
     sync_directory(path.parent)
-    shutil.rmtree(path, ignore_errors=True)
+    discard(path)
 
 
 def _replaced(target: Path) -> Path:
@@ -362,16 +370,17 @@ def _recover(target: Path) -> None:
             os.rename(replaced, target)
 
 
-def _commit(temporary: Path, target: Path, overwrite: bool) -> None:
+def _commit(temporary: Path, target: Path, overwrite: bool) -> Path | None:
+    """Put a directory in its place; returns what is to be removed once that is certain to last, `temporary` apart."""
     try:
         os.rename(temporary, target)  # also over an empty directory
-        return
+        return None
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
     _check_target(target, overwrite)  # again: a neighbour may have put something there during the save
     if _exchange(temporary, target):
-        return
+        return None
     # No atomic exchange here: at every moment the old checkpoint stands under one of two names that `locate` knows.
     os.rename(target, _replaced(target))
     try:
@@ -379,7 +388,7 @@ def _commit(temporary: Path, target: Path, overwrite: bool) -> None:
     except OSError:
         os.rename(_replaced(target), target)
         raise
-    _remove(_replaced(target))
+    return _replaced(target)
 
 
 def _exchange(first: Path, second: Path) -> bool:

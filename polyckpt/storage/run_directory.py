@@ -7,7 +7,6 @@ import errno
 import fcntl
 import os
 import re
-import shutil
 import socket
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -170,7 +169,7 @@ class RunDirectory:
             try:
                 doomed = local.temporary_path(self.path)
                 os.rename(self.path / name, doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+                local.discard(doomed)
             finally:
                 local.unlock(lock)
         except FileNotFoundError:
