@@ -32,6 +32,8 @@ from polyckpt.storage import local
 _METADATA = "__metadata__"
 ALIGNMENT_BYTES = 64
 WRITEBACK_BYTES = 1 << 24
+_SMALL_BYTES, _GATHERED_BYTES = 1 << 15, 1 << 18
+"""A tensor smaller than the first is kept until there is the second of such, or another one comes."""
 MAX_HEADER_BYTES = 100_000_000
 """The limit of the safetensors package: a file beyond it could not be opened by other tools."""
 
@@ -127,9 +129,9 @@ class _Output:
 
     def add(self, data: memoryview) -> None:
         """Write `data` after all that was added before, or keep it until there is more."""
-        if len(data) < BLOCK_BYTES:
+        if len(data) < _SMALL_BYTES:
             self._gathered += data
-            if len(self._gathered) >= BLOCK_BYTES:
+            if len(self._gathered) >= _GATHERED_BYTES:
                 self.flush()
             return
         self.flush()
