@@ -178,7 +178,8 @@ class Restore:
 
     tensors: what `apply` will read, so that it can be verified before. undo: for an `apply` that runs foreign code and so
     may fail; it puts back what was there before, and is called too where the `apply` of a later part fails. finish: what
-    cannot fail, called once every `apply` of the load is over.
+    cannot fail, called once every `apply` of the load is over. names: of a model's weights -> those that the checkpoint has for
+    them, where the same model was made in another way and names them otherwise.
     """
 
     apply: Callable[[], Any]
@@ -186,6 +187,11 @@ class Restore:
     tensors: Sequence[StoredTensor] = ()
     undo: Callable[[], Any] | None = None
     finish: Callable[[], None] = lambda: None
+    names: Mapping[str, str] = field(default_factory=dict)
+
+    def renamed(self, parameters: Sequence[tuple[str, Any]]) -> list[tuple[str, Any]]:
+        """Parameters of the model under the names that they have in the checkpoint."""
+        return [(self.names.get(name, name), value) for name, value in parameters]
 
 
 class Schedule(Protocol):

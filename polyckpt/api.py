@@ -513,8 +513,6 @@ def _prepare(
             prepared[f"extra {name}"] = objects.prepare(None, entry, f"extra {name}")
     if scheduler is not None:
         prepared["scheduler"] = _prepare_entry(native.get("scheduler"), scheduler, "scheduler")
-    if parts.optimizer is not None:
-        prepared["optimizer"] = _prepare_optimizer(checkpoint, native, parts, adapter)
     stored_model = StoredModel(
         type=checkpoint.manifest.model.type,
         weights=checkpoint.weights.stored,
@@ -522,7 +520,11 @@ def _prepare(
         native=native.get("model"),
         rng=native.get("model_rng"),
     )
-    prepared["model"] = adapter.prepare_model(parts.model, stored_model, rng=restore_rng)
+    restored = adapter.prepare_model(parts.model, stored_model, rng=restore_rng)
+    if parts.optimizer is not None:
+        parameters = restored.renamed(adapter.parameters(parts.model))
+        prepared["optimizer"] = _prepare_optimizer(checkpoint, native, parts, adapter, parameters)
+    prepared["model"] = restored
     if restore_rng:
         # The host's last of all: making what another framework needs may draw from Python's or NumPy's state.
         for name, tree in sorted((native.get("rng") or {}).items(), key=lambda item: item[0] == registry.HOST):
@@ -550,8 +552,10 @@ def _prepare_entry(entry: dict[str, Any] | None, live: Any, path: str) -> Restor
     return objects.prepare(live, entry, path)
 
 
-def _prepare_optimizer(checkpoint: Checkpoint, native: Mapping[str, Any], parts: Parts, owner: Adapter) -> Restore:
-    """Prepare the optimizer of `parts`; `owner` is the adapter of the model, which names the parameters."""
+def _prepare_optimizer(
+    checkpoint: Checkpoint, native: Mapping[str, Any], parts: Parts, owner: Adapter, parameters: Sequence[tuple[str, Any]]
+) -> Restore:
+    """Prepare the optimizer of `parts`. owner: the adapter of the model. parameters: of that, as the checkpoint names them."""
     described, entry, optimizer = checkpoint.manifest.optimizer, native.get("optimizer"), parts.optimizer
     kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
     if described is None or entry is None:
@@ -576,7 +580,7 @@ def _prepare_optimizer(checkpoint: Checkpoint, native: Mapping[str, Any], parts:
         },
         native=entry["state"],
     )
-    return adapter.prepare_optimizer(optimizer, stored, owner.parameters(parts.model), parts.model)
+    return adapter.prepare_optimizer(optimizer, stored, parameters, parts.model)
 
 
 @collecting.paused()

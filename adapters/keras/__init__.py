@@ -174,6 +174,8 @@ def _prepare(
 ) -> Restore:
     _check_built(model)
     live = variables.weights(model)
+    pairs = variables.paired(model, live, weights)
+    live = {pairs.get(name, name): variable for name, variable in live.items()}
     found = {name: variables.compare(section, name, weights.get(name), live.get(name)) for name in {**live, **weights}}
     for name, place in _attributes(model, live).items():
         if name in weights and attributes.get(name, place) != place:
@@ -194,6 +196,7 @@ def _prepare(
         apply=apply,
         problems=[*(problem for problem in found.values() if problem), *(seeds.problems if seeds else ())],
         tensors=[*weights.values(), *residue.tensors(states)],
+        names=pairs,
     )
 
 
@@ -218,7 +221,8 @@ def _prepare_layer(layer: Any, tree: Mapping[str, Any], path: str) -> Restore:
     if stored is None:
         problem = Problem("missing", path, "optimizer", live=type_name(optimizer))
         return dataclasses.replace(prepared, problems=[*prepared.problems, problem])
-    optimized = optimizers.prepare_tree(optimizer, stored, f"{path} optimizer", variables.parameters(layer))
+    parameters = prepared.renamed(variables.parameters(layer))
+    optimized = optimizers.prepare_tree(optimizer, stored, f"{path} optimizer", parameters)
 
     def apply() -> Any:
         optimized.apply()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 import keras
@@ -111,6 +112,11 @@ class Namer:
         for variable in model.weights:
             self(variable.path)
 
+    @property
+    def bases(self) -> frozenset[str]:
+        """The automatic names in use, without their numbers."""
+        return frozenset(self._automatic.values())
+
     def __call__(self, path: str) -> str:
         canonical: list[str] = []
         raw: tuple[str, ...] = ()
@@ -123,6 +129,33 @@ class Namer:
                 self._canonical[raw] = f"{base}_{count}" if count else base
             canonical.append(self._canonical[raw])
         return "/".join(canonical)
+
+
+def paired(model: Any, live: Mapping[str, Any], stored: Mapping[str, StoredTensor]) -> dict[str, str]:
+    """Names of a model -> those in a checkpoint of the same model made in the other way; nothing where they are no such pair.
+
+    What Keras makes of a configuration (load_model) lacks the names of the models around a layer in the paths of its variables.
+    Both list them in the same order. Names that the user chose, shapes and types must agree.
+    """
+    if live.keys() == stored.keys() or len(live) != len(stored):
+        return {}
+    automatic = Namer(model).bases
+    pairs = dict(zip(live, stored, strict=True))
+    fit = all(
+        _is_tail(name, other, automatic) and compare("", name, stored[other], live[name]) is None
+        for name, other in pairs.items()
+    )
+    return pairs if fit else {}
+
+
+def _is_tail(one: str, other: str, automatic: AbstractSet[str]) -> bool:
+    """Whether one path is the end of the other, but for the numbers of automatic segments."""
+    segments = zip(reversed(one.split("/")), reversed(other.split("/")), strict=False)
+    return all(a == b or (_numberless(a) == _numberless(b) and _numberless(a) in automatic) for a, b in segments)
+
+
+def _numberless(segment: str) -> str:
+    return re.sub(r"_\d+$", "", segment)
 
 
 def weights(model: Any) -> dict[str, Any]:

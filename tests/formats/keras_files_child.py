@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 
 import polyckpt
+from polyckpt.errors import MismatchError
 from tests.formats.keras_nets import batch, make, same, train, values
 from tests.sealing import REPOSITORY
 
@@ -65,6 +66,41 @@ def test_training_goes_on_as_after_load_model(written: tuple[Path, str, str, Any
     for each in (theirs, ours):
         train(each, kind, range(2, 5))
     assert same(values(theirs), values(ours)) and not same(values(ours), values(model))
+
+
+@pytest.mark.parametrize("made_by_keras", ["saved", "live"])
+def test_a_model_that_keras_made_of_the_configuration_is_the_same(
+    written: tuple[Path, str, str, Any], made_by_keras: str, tmp_path: Path
+) -> None:
+    """Its variables have other paths: without the names of the models around their layers."""
+    directory, kind, optimizer, _ = written
+    ours, theirs = make(kind, optimizer, seed=1), keras.saving.load_model(directory / "m.keras")
+    train(ours, kind, [7])
+    train(theirs, kind, [8])
+    source, target = (theirs, ours) if made_by_keras == "saved" else (ours, theirs)
+    assert not same(values(source), values(target))
+    path = polyckpt.save(tmp_path / "run", source)
+    polyckpt.load(path, target)
+    for each in (source, target):
+        train(each, kind, range(2, 4))
+    assert same(values(source), values(target))
+
+
+def test_a_model_of_other_names_is_another_one(tmp_path: Path) -> None:
+    def net(*names: str, around: bool) -> Any:
+        dense = [keras.layers.Dense(4, name=name) for name in names]
+        if around:
+            return keras.Sequential([keras.Input((4,)), *dense])
+        x = inputs = keras.Input((4,))
+        for layer in dense:
+            x = layer(x)
+        return keras.Model(inputs, x)
+
+    path = polyckpt.save(tmp_path / "run", net("first", "second", around=True))
+    polyckpt.load(path, net("first", "second", around=False))
+    for names in (("second", "first"), ("first", "third")):
+        with pytest.raises(MismatchError):
+            polyckpt.load(path, net(*names, around=False))
 
 
 def test_the_model_is_described_by_the_configuration(written: tuple[Path, str, str, Any]) -> None:
