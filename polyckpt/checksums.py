@@ -26,6 +26,8 @@ class Hasher:
 
 def checksum_in_blocks(data: memoryview) -> str:
     """As `checksum`, for data of any size: other threads run meanwhile."""
+    if len(data) <= BLOCK_BYTES:
+        return checksum(data)
     hasher = Hasher()
     for start in range(0, len(data), BLOCK_BYTES):
         hasher.update(data[start : start + BLOCK_BYTES])

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 
@@ -92,6 +92,7 @@ MAX_AXES = 64
 """What NumPy can hold."""
 
 
+@lru_cache(1024)  # most tensors of a model have few shapes
 def size_problem(shape: tuple[int, ...], itemsize: int) -> str | None:
     """What is wrong with `shape`, cheaply even where it is absurd; None where nothing is.
 

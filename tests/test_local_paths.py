@@ -188,7 +188,7 @@ def test_what_is_there_instead_is_said(tmp_path: Path) -> None:
     for path, said in (
         (tmp_path, "it holds the checkpoints step-1, step-2"),
         (tmp_path / "nothing", "no such file"),
-        (tmp_path / "file", "a file; a checkpoint is a directory"),
+        (tmp_path / "file", "neither a checkpoint of polyckpt nor one of"),
     ):
         with pytest.raises(NotACheckpointError, match=said):
             polyckpt.inspect(path)
