@@ -33,6 +33,11 @@ types: $(STAMP)
 bench: $(STAMP)
 	env -u CUDA_VISIBLE_DEVICES $(BIN)/python -m benchmarks.peers --write
 
+# The long forms of what `make test` proves in short ones.
+crash: $(STAMP)
+	$(BIN)/python -m tests.crash --kills 1000
+	$(BIN)/python -m tests.faults
+
 golden: $(STAMP)
 	$(BIN)/python tests/golden/make.py
 

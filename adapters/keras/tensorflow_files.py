@@ -129,7 +129,7 @@ def _by_path(nodes: Sequence[_Node], leaves: Mapping[str, Leaf]) -> dict[str, Le
     while any(waiting):
         path, place = (waiting[0] or waiting[1]).pop(0)
         node = nodes[place] if nodes else _Node({}, None)
-        if node.key in leaves:
+        if node.key is not None and node.key in leaves:
             named.setdefault(node.key, path)
         for name, child in node.children.items():
             if child not in seen or nodes[child].key is not None:
@@ -160,7 +160,7 @@ def _found(path: Path, nodes: Sequence[_Node], leaves: Mapping[str, Leaf], like:
                 # TensorFlow follows no lists of layers; what is in one is saved by way of the optimizer alone.
                 key = listed[trained[id(live[name])]]
             keys.append(key)
-        shapes = [leaves[key].shape if key in leaves else None for key in keys]
+        shapes = [leaves[key].shape if key is not None and key in leaves else None for key in keys]
         if shapes == [leaf.shape for leaf in wanted.values()]:
             fitting.setdefault(tuple(keys), called)
     if len(fitting) > 1:
@@ -213,7 +213,7 @@ def _optimizer(nodes: Sequence[_Node], leaves: Mapping[str, Leaf], left_out: lis
     while place is not None:
         listed += _listed(nodes, place, "_variables")
         place = nodes[place].children.get("inner_optimizer")
-    return [leaves[key] for key in listed if key in leaves]
+    return [leaves[key] for key in listed if key is not None and key in leaves]
 
 
 def _optimizers(nodes: Sequence[_Node]) -> list[int]:
