@@ -6,10 +6,9 @@ import math
 import os
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +17,7 @@ from polyckpt import manifest as manifest_file
 from polyckpt.checksums import checksum_in_blocks
 from polyckpt.dtypes import lookup
 from polyckpt.errors import CheckpointError, CorruptError, StorageError
+from polyckpt.parallel import in_threads
 from polyckpt.schema import ArrayDirectory, Chunk, Manifest, Tensor, TensorFile
 from polyckpt.storage import local
 from polyckpt.storage.tensor_file import TensorFileReader
@@ -26,8 +26,6 @@ if TYPE_CHECKING:
     from polyckpt.storage.array_directory import ArrayDirectoryReader
 
 _ATTEMPTS = 20
-_SMALL = 1 << 14
-_T = TypeVar("_T")
 
 
 class StoredTensor:
@@ -257,23 +255,6 @@ def verify_all(tensors: Iterable[StoredTensor], done: Callable[[StoredTensor], N
             done(tensor)
 
     in_threads(tensors, verify, size=lambda tensor: math.prod(tensor.shape))
-
-
-def in_threads(items: Iterable[_T], work: Callable[[_T], object], *, size: Callable[[_T], int]) -> None:
-    """Do work that releases the GIL in a few threads. size: of an item, in elements or bytes. Raises the first error."""
-    listed = list(items)
-    large, small = ([item for item in listed if (size(item) < _SMALL) is is_small] for is_small in (False, True))
-    if len(large) < 2:
-        for item in (*large, *small):
-            work(item)
-        return
-    with ThreadPoolExecutor(max_workers=min(4, os.cpu_count() or 1)) as pool:
-        tasks = [pool.submit(work, item) for item in large]
-        # To hand over a task costs more than to hash a kilobyte.
-        for item in small:
-            work(item)
-        for task in tasks:
-            task.result()
 
 
 def _release(lock: int, pid: int) -> None:

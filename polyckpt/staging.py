@@ -10,6 +10,7 @@ import numpy as np
 
 from polyckpt.dtypes import lookup
 from polyckpt.leaves import Leaf
+from polyckpt.parallel import in_threads
 
 _ALIGNMENT_BYTES = 64
 
@@ -33,12 +34,14 @@ class Staging:
                 end += size_bytes + -size_bytes % _ALIGNMENT_BYTES
         if end > self._buffer.size:
             self._buffer = np.empty(end, np.uint8)
-        return {key: _held(leaf, self._buffer[slice(*spans[key])] if key in spans else None) for key, leaf in leaves.items()}
+        places = {key: self._buffer[slice(*span)] for key, span in spans.items()}
+
+        def copy(key: str) -> None:
+            np.copyto(places[key], leaves[key].read().reshape(-1).view(np.uint8))
+
+        in_threads(places, copy, size=lambda key: places[key].size)
+        return {key: _held(leaf, places[key] if key in places else leaf.read()) for key, leaf in leaves.items()}
 
 
-def _held(leaf: Leaf, place: np.ndarray | None) -> Leaf:
-    values = leaf.read()
-    if place is not None:
-        np.copyto(place, values.reshape(-1).view(np.uint8))
-        values = place
+def _held(leaf: Leaf, values: np.ndarray) -> Leaf:
     return replace(leaf, read=lambda: values, frozen=True, live=None)  # which may be given up meanwhile

@@ -13,8 +13,9 @@ import numpy as np
 from msgspec.structs import replace
 
 from polyckpt import schema
-from polyckpt.checkpoint import Checkpoint, StoredTensor, in_threads
+from polyckpt.checkpoint import Checkpoint, StoredTensor
 from polyckpt.leaves import Leaf
+from polyckpt.parallel import in_threads
 from polyckpt.storage import local
 
 _PREFIX = "unchanged-"

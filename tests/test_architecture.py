@@ -38,7 +38,7 @@ CONSUMERS = {"keras/model_checkpoint.py", "keras/written.py", "keras/backup.py",
 LAYERS = [
     ["errors"],
     ["schema", "checksums", "names", "dtypes"],
-    ["leaves", "layers", "layouts", "optimizers", "scalars", "policy", "background", "preemption", "collecting"],
+    ["leaves", "layers", "layouts", "optimizers", "scalars", "policy", "background", "preemption", "collecting", "parallel"],
     ["residue", "staging", "rules", "units", "updates"],
     ["formulas"],
     ["matching", "moves"],

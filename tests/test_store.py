@@ -2,53 +2,19 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 import torch
-from flax import linen
-from flax.training.train_state import TrainState
 
 import polyckpt
 from polyckpt import CheckpointManager
 from polyckpt.errors import CorruptError, UnsupportedError
-from tests.sealing import REPOSITORY, run_python
-
-
-class Net(linen.Module):
-    @linen.compact
-    def __call__(self, x: Any) -> Any:
-        x = linen.relu(linen.Dense(7)(x))
-        return linen.Dense(3)(x)
-
-
-def state(seed: int) -> TrainState:
-    model = Net()
-    params = model.init(jax.random.key(seed), jnp.ones((1, 5)))["params"]
-    return TrainState.create(apply_fn=model.apply, params=params, tx=optax.adamw(1e-2))
-
-
-def trained(one: TrainState, steps: int) -> TrainState:
-    @jax.jit
-    def step(one: TrainState, x: Any) -> TrainState:
-        return one.apply_gradients(grads=jax.grad(lambda params: (one.apply_fn({"params": params}, x) ** 2).mean())(one.params))
-
-    for _ in range(steps):
-        one = step(one, jax.random.normal(jax.random.key(int(one.step)), (4, 5)))
-    return one
-
-
-def same(one: Any, other: Any) -> bool:
-    pairs = zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True)
-    return all(np.array_equal(np.asarray(a), np.asarray(b)) and jnp.asarray(a).dtype == jnp.asarray(b).dtype for a, b in pairs)
+from tests.formats.jax_runs import on_eight_devices, same, state, trained
+from tests.sealing import run_python
 
 
 def test_training_goes_on_as_if_it_had_not_stopped(tmp_path: Path) -> None:
@@ -176,17 +142,7 @@ def test_every_type_and_shape_comes_back(tmp_path: Path) -> None:
 
 def test_sharded_arrays_come_back_under_another_sharding(tmp_path: Path) -> None:
     code = """
-import sys
-import jax, jax.numpy as jnp, numpy as np, polyckpt
-from jax.sharding import NamedSharding, PartitionSpec as P
-devices = np.array(jax.devices())
-assert len(devices) == 8
-rows = NamedSharding(jax.sharding.Mesh(devices.reshape(8), ("x",)), P("x", None))
-boxes = NamedSharding(jax.sharding.Mesh(devices.reshape(2, 4), ("x", "y")), P("y", "x"))
-values = np.random.default_rng(0).standard_normal((16, 24)).astype("float32")
-tree = {"w": jax.device_put(values, rows), "b": jnp.arange(5)}
 path = polyckpt.save(sys.argv[1], tree, store="orbax")
-template = {"w": jax.device_put(jnp.zeros((16, 24)), boxes), "b": jnp.zeros(5, jnp.int32)}
 loaded = polyckpt.load(path, template).model
 assert loaded["w"].sharding == boxes and np.array_equal(loaded["w"], values) and loaded["b"].tolist() == [0, 1, 2, 3, 4]
 abstract = {"w": jax.ShapeDtypeStruct((16, 24), jnp.float32, sharding=boxes), "b": jax.ShapeDtypeStruct((5,), jnp.int32)}
@@ -195,11 +151,7 @@ assert loaded["w"].sharding == boxes and np.array_equal(loaded["w"], values)
 stored = polyckpt.inspect(path)
 stored.verify()
 assert np.array_equal(stored.weights["w"], values)
-import orbax.checkpoint as ocp
 restored = ocp.StandardCheckpointer().restore(path / "arrays", {"weights": template})
 assert restored["weights"]["w"].sharding == boxes and np.array_equal(restored["weights"]["w"], values)
 """
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-c", code, str(tmp_path / "run")]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
+    on_eight_devices(code, tmp_path / "run")

@@ -8,10 +8,11 @@ import numpy as np
 import torch
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
-from polyckpt.checkpoint import StoredTensor, in_threads
+from polyckpt.checkpoint import StoredTensor
 from polyckpt.dtypes import DTYPES
 from polyckpt.errors import UnsupportedError
 from polyckpt.leaves import Leaf
+from polyckpt.parallel import in_threads
 
 KIND = "torch"
 

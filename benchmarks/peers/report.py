@@ -12,7 +12,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import LogLocator, NullFormatter
 from rich.table import Table
 
-from benchmarks.peers.goals import Outcome
+from benchmarks.peers.goals import BOUNDS, Outcome
 from benchmarks.peers.measuring import Measured
 
 COMPARED = """\
@@ -53,7 +53,7 @@ def screen_summary(outcomes: Iterable[Outcome]) -> Table:
 
 
 def markdown(
-    results: Mapping[str, Measured], outcomes: Iterable[Outcome], facts: Mapping[str, str], rounds: int, command: str
+    results: Mapping[str, Measured], outcomes: Sequence[Outcome], facts: Mapping[str, str], rounds: int, command: str
 ) -> str:
     """The whole document."""
     parts = [
@@ -62,6 +62,7 @@ def markdown(
         "![medians](results.png)",
         "## Goals",
         _markdown(*_summary(outcomes)),
+        *_bounds(outcomes),
         "## The machine",
         "\n".join(f"- {name}: {fact}" for name, fact in facts.items()),
         "## What is compared with what",
@@ -71,6 +72,13 @@ def markdown(
     for measured in results.values():
         parts += [f"### {measured.title}", _markdown(*_rows(measured))]
     return "\n\n".join(parts) + "\n"
+
+
+def _bounds(outcomes: Sequence[Outcome]) -> list[str]:
+    """What stands in the way of the goals that are not reached."""
+    missed = {each.goal.key for each in outcomes if not each.reached} & BOUNDS.keys()
+    lines = [f"- **{key}**: {BOUNDS[key]}" for key in BOUNDS if key in missed]
+    return ["## What bounds what is not reached", "\n".join(lines)] if lines else []
 
 
 def amount(value: float, unit: str) -> str:

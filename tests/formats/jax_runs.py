@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +18,8 @@ import orbax.checkpoint as ocp
 import torch
 from flax import linen, nnx
 from flax.training.train_state import TrainState
+
+from tests.sealing import REPOSITORY
 
 BATCH = np.random.default_rng(0).standard_normal((4, 5)).astype("float32")
 
@@ -180,3 +185,25 @@ def write_expected(path: Path, cases: dict[str, dict[str, np.ndarray]]) -> None:
         for case, leaves in cases.items()
     }
     path.write_text(json.dumps(told))
+
+
+_SHARDED = """
+import sys
+import jax, jax.numpy as jnp, numpy as np, orbax.checkpoint as ocp, polyckpt
+from jax.sharding import NamedSharding, PartitionSpec as P
+devices = np.array(jax.devices())
+assert len(devices) == 8
+rows = NamedSharding(jax.sharding.Mesh(devices.reshape(8), ("x",)), P("x", None))
+boxes = NamedSharding(jax.sharding.Mesh(devices.reshape(2, 4), ("x", "y")), P("y", "x"))
+values = np.random.default_rng(0).standard_normal((16, 24)).astype("float32")
+tree = {"w": jax.device_put(values, rows), "b": jnp.arange(5)}
+template = {"w": jax.device_put(jnp.zeros((16, 24)), boxes), "b": jnp.zeros(5, jnp.int32)}
+"""
+
+
+def on_eight_devices(code: str, path: Path) -> None:
+    """Run `code` with `path` as its argument in a new process that has eight devices, and arrays sharded over them."""
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(REPOSITORY)}
+    command = [sys.executable, "-c", _SHARDED + code, str(path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
+    assert done.returncode == 0, done.stderr

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,7 @@ from polyckpt.errors import CheckpointExistsError, MismatchError, NotACheckpoint
 from tests.cli.test_commands import cells, run
 from tests.formats import jax_runs
 from tests.formats.jax_runs import DIRECTORIES, Net, module, same, state, train, trained
-from tests.sealing import REPOSITORY, run_python
+from tests.sealing import run_python
 
 RUN = trained(state(0), 20)
 """What most directories hold."""
@@ -165,28 +162,15 @@ def test_every_kind_of_value_comes_back(tmp_path: Path) -> None:
 
 def test_arrays_over_eight_devices_come_back_whole_and_sharded(tmp_path: Path) -> None:
     code = """
-import sys
-import jax, jax.numpy as jnp, numpy as np, orbax.checkpoint as ocp, polyckpt
-from jax.sharding import NamedSharding, PartitionSpec as P
-devices = np.array(jax.devices())
-assert len(devices) == 8
-rows = NamedSharding(jax.sharding.Mesh(devices.reshape(8), ("x",)), P("x", None))
-boxes = NamedSharding(jax.sharding.Mesh(devices.reshape(2, 4), ("x", "y")), P("y", "x"))
-values = np.random.default_rng(0).standard_normal((16, 24)).astype("float32")
-tree = {"w": jax.device_put(values, rows), "b": jnp.arange(5)}
 for name, zarr3 in (("zarr", False), ("zarr3", True)):
     path = f"{sys.argv[1]}/{name}"
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(use_zarr3=zarr3)) as checkpointer:
         checkpointer.save(path, tree)
     assert np.array_equal(polyckpt.open(path).weights["w"], values)
-    template = {"w": jax.device_put(jnp.zeros((16, 24)), boxes), "b": jnp.zeros(5, jnp.int32)}
     loaded = polyckpt.load(path, template).model
     assert loaded["w"].sharding == boxes and np.array_equal(loaded["w"], values) and loaded["b"].tolist() == [0, 1, 2, 3, 4]
 """
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "PYTHONPATH": str(REPOSITORY)}
-    command = [sys.executable, "-c", code, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
-    assert done.returncode == 0, done.stderr
+    jax_runs.on_eight_devices(code, tmp_path)
 
 
 OPTIMIZERS = {
