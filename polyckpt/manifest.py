@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import inspect
 import json
 import math
 import re
@@ -124,6 +125,9 @@ def json_schema() -> dict[str, Any]:
     definition = schema["$defs"]["Manifest"]
     definition["properties"]["checksum"] = checksum_schema
     definition["required"].append("checksum")
+    for each in schema["$defs"].values():
+        if "description" in each:  # a docstring, which versions of msgspec indent in two ways
+            each["description"] = inspect.cleandoc(each["description"])
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "polyckpt manifest", **schema}
 
 
