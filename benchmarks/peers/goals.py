@@ -78,7 +78,7 @@ BOUNDS = {
         "beside 20 ms of page faults), and what changed is synced. A full save takes so little because the disk works "
         "beside it."
     ),
-    "startup": "Python, NumPy, Typer, Rich and the modules of polyckpt take 0.4 s to import, reading 1,000 manifests 0.1 s more.",
+    "startup": "Importing Python, NumPy, Typer, Rich and polyckpt takes 0.4 s, reading 1,000 manifests 0.1 s more.",
 }
 """Key of the work -> what stands in the way where a goal is not reached, by profiles of the machine in RESULTS.md."""
 
