@@ -49,7 +49,7 @@ _BLOCKED = "async save (a): training blocked"
 _FULL = "polyckpt, full save"
 
 BOUNDS = {
-    "a/durable": "The disk: a raw write and fsync of the same bytes takes as long. Less of what DCP and Orbax take is less than it needs.",
+    "a/durable": "The disk: a raw write and fsync of the same bytes takes as long.",
     "a/load": (
         "`torch.load(mmap=True)` + `load_state_dict` leaves the moments, two thirds of the bytes, in the map that it "
         'made: they are read by the next training step. polyckpt copies them into the live slots. "+ copy_" is the '
