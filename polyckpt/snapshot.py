@@ -55,7 +55,7 @@ class Snapshot:
         in place. Raises as polyckpt.save does.
         """
         saved_at = datetime.datetime.now(datetime.UTC) if time is None else datetime.datetime.fromtimestamp(time, datetime.UTC)
-        with local.replacing(target, overwrite=overwrite) as directory, collecting.paused():
+        with local.replacing(target, overwrite=overwrite) as directory:
             where = self.sections.write(directory, self.metadata, store, None if before is None else _opened(before))
             finished = schema.Manifest(**self.draft, saved_at_utc=saved_at.isoformat(timespec="seconds"), run=run, **where)
             local.write_file(directory / manifest.FILE_NAME, manifest.encode(finished))

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 
+from polyckpt import collecting
 from polyckpt.checksums import BLOCK_BYTES, checksum, checksum_in_blocks
 from polyckpt.dtypes import lookup, size_problem
 from polyckpt.errors import CorruptError, StorageError, UnsupportedError
@@ -84,6 +85,7 @@ def write(path: Path, leaves: Mapping[str, Leaf], metadata: Mapping[str, str]) -
     return Written(TensorFile(size_bytes=size_bytes, header_checksum=checksum(header)), checksums)
 
 
+@collecting.paused()
 def _header(ordered: list[tuple[str, Leaf]], metadata: Mapping[str, str]) -> bytes:
     entries: dict[str, Any] = {_METADATA: dict(metadata)}
     if any(key == _METADATA for key, _ in ordered):
