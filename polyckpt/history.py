@@ -119,7 +119,7 @@ class History:
             size_bytes = os.fstat(self._descriptor).st_size
             first = _decode(os.pread(self._descriptor, 1000, 0).partition(b"\n")[0])
             if size_bytes and os.pread(self._descriptor, 1, size_bytes - 1) != b"\n":
-                size_bytes = self.path.read_bytes().rfind(b"\n") + 1
+                size_bytes = local.read_at(self._descriptor, size_bytes).rfind(b"\n") + 1
                 os.ftruncate(self._descriptor, size_bytes)
             if not size_bytes or first is None:
                 self._append({"run": run})

@@ -92,7 +92,10 @@ def aligned(weights: Mapping[str, Leaf], like: Like | None) -> Mapping[str, Leaf
         renamed = {name.removeprefix(prefix): leaf for name, leaf in weights.items()}
         return renamed if len(renamed) == len(weights) else weights
     around = {prefix for prefix in _below(live, set(weights)) if _all_fit(live, weights, set(weights), prefix)}
-    return {f"{around.copy().pop()}{name}": leaf for name, leaf in weights.items()} if len(around) == 1 else weights
+    if len(around) != 1:
+        return weights
+    prefix = around.pop()
+    return {prefix + name: leaf for name, leaf in weights.items()}
 
 
 def _below(longer: Mapping[str, Leaf], shorter: set[str]) -> set[str]:
