@@ -17,6 +17,7 @@ from polyckpt import manifest as manifest_file
 from polyckpt.checksums import checksum_in_blocks
 from polyckpt.dtypes import lookup
 from polyckpt.errors import CheckpointError, CorruptError, StorageError
+from polyckpt.heads import FILE_NAME
 from polyckpt.parallel import in_threads
 from polyckpt.schema import ArrayDirectory, Chunk, Manifest, Tensor, TensorFile
 from polyckpt.storage import local
@@ -31,13 +32,15 @@ _ATTEMPTS = 20
 class StoredTensor:
     """One tensor of an opened checkpoint. `dtype` is a name of polyckpt.dtypes, `shape` is in elements."""
 
+    __slots__ = ("_files", "_located", "_tensor", "_verified", "dtype", "name", "shape")
+
     def __init__(self, files: _Files, name: str, tensor: Tensor) -> None:
         self.name = name
         self.dtype = tensor.dtype
         self.shape = tensor.shape
         self._files = files
         self._tensor = tensor
-        self._verified = False
+        self._located = self._verified = False
 
     @property
     def itemsize(self) -> int:
@@ -65,6 +68,21 @@ class StoredTensor:
     def __repr__(self) -> str:
         return f"<StoredTensor {self.name!r} {self}>"
 
+    def locate(self) -> None:
+        """Compare what the manifest says with the headers of the files, once. Raises CorruptError with what both say."""
+        if self._located:
+            return
+        dtype = lookup(self.dtype, self.name)
+        for chunk in self._tensor.chunks:
+            file, stated = self._files.reader(chunk.file), dtype.stored_shape(chunk.shape)
+            entry = file.entries.get(chunk.key)
+            if entry is None or entry.shape != stated or entry.dtype != dtype.stored_code:
+                there = f"{entry.dtype}{list(entry.shape)}" if entry else "nothing"
+                raise CorruptError(
+                    f"{file.path}: {chunk.key}: the manifest says {dtype.stored_code}{list(stated)}, the file has {there}"
+                )
+        self._located = True
+
     def verify(self) -> None:
         """Compare every byte with its checksum, once. Raises CorruptError naming file, tensor, place and both checksums."""
         if self._verified:
@@ -72,11 +90,9 @@ class StoredTensor:
         for chunk in self._tensor.chunks:
             found = checksum_in_blocks(self._chunk_bytes(chunk).data)
             if found != chunk.checksum:
-                entry = self._files.reader(chunk.file).entries[chunk.key]
-                place = f"bytes {entry.start} to {entry.end} have" if entry.end else "the values have"
                 raise CorruptError(
                     f"{self._files.path / chunk.file}: {self.name}: the manifest says {chunk.checksum}, "
-                    f"{place} {found}: they changed after they were written"
+                    f"{self._files.reader(chunk.file).place(chunk.key)} have {found}: they changed after they were written"
                 )
         self._verified = True
 
@@ -110,16 +126,8 @@ class StoredTensor:
         return whole
 
     def _chunk_bytes(self, chunk: Chunk) -> np.ndarray:
-        file = self._files.reader(chunk.file)
-        dtype = lookup(self.dtype, self.name)
-        entry = file.entries.get(chunk.key)
-        if entry is None or (entry.code, entry.shape) != (dtype.stored_code, dtype.stored_shape(chunk.shape)):
-            there = f"{entry.code}{list(entry.shape)}" if entry else "nothing"
-            raise CorruptError(
-                f"{file.path}: {chunk.key}: the manifest says {dtype.stored_code}{list(dtype.stored_shape(chunk.shape))}, "
-                f"the file has {there}"
-            )
-        return file.raw(chunk.key)
+        self.locate()
+        return self._files.reader(chunk.file).raw(chunk.key)
 
 
 class _Files:
@@ -207,11 +215,15 @@ class Checkpoint:
 
     def _open(self) -> None:
         self._files = _Files(self.path, self.verifies)
-        manifest_path = self.path / manifest_file.FILE_NAME
+        manifest_path = self.path / FILE_NAME
         decoded = manifest_file.decode(_read(manifest_path), str(manifest_path))
         self.manifest: Manifest = decoded.manifest
         self.unknown: dict[str, Any] = decoded.unknown
         self._files.open(self.manifest.files, self.manifest.arrays)
+        if not self.verifies:  # nothing else will find what contradicts itself before it is read
+            for section in (self.weights, self.optimizer, self.state):
+                for tensor in section.stored.values():
+                    tensor.locate()
 
     @cached_property
     def weights(self) -> Section:

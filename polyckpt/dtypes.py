@@ -92,7 +92,6 @@ MAX_AXES = 64
 """What NumPy can hold."""
 
 
-@lru_cache(1024)  # most tensors of a model have few shapes
 def size_problem(shape: tuple[int, ...], itemsize: int) -> str | None:
     """What is wrong with `shape`, cheaply even where it is absurd; None where nothing is.
 
@@ -110,6 +109,18 @@ def size_problem(shape: tuple[int, ...], itemsize: int) -> str | None:
     if (math.prod(shape) or math.prod(size or 1 for size in shape)) * itemsize >= 1 << 63:
         return f"shape {list(shape)} is too large to address"
     return None
+
+
+@lru_cache(1024)  # most tensors of a model have few shapes; what raises is not kept
+def size_bytes(shape: tuple[int, ...], itemsize: int) -> int:
+    """The bytes of a tensor. Raises ValueError where `size_problem` has something to say.
+
+    >>> size_bytes((2, 3), 4)
+    24
+    """
+    if problem := size_problem(shape, itemsize):
+        raise ValueError(problem)
+    return math.prod(shape) * itemsize
 
 
 def lookup(name: str, where: str) -> Dtype:

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Hashable
-from dataclasses import dataclass
 from typing import Any
 
+import msgspec
 import numpy as np
 
 from polyckpt.errors import UnsupportedError
 
 
-@dataclass(frozen=True, slots=True)
-class Leaf:
+class Leaf(msgspec.Struct, frozen=True, gc=False):
     """A tensor that a save will write.
 
     dtype: a name of polyckpt.dtypes. shape: in elements. read: returns the C-contiguous bytes on the host, as an array of
@@ -45,7 +43,7 @@ class Leaf:
                 compare(np.ascontiguousarray(read()).reshape(-1).view(np.uint8))
                 done = True
 
-        return dataclasses.replace(self, check=check)
+        return msgspec.structs.replace(self, check=check)
 
     def checked(self) -> Leaf:
         """This tensor, read only once its bytes have been checked."""
@@ -57,7 +55,7 @@ class Leaf:
             check()
             return read()
 
-        return dataclasses.replace(self, read=checked_read)
+        return msgspec.structs.replace(self, read=checked_read)
 
 
 @functools.cache
@@ -79,7 +77,11 @@ def array_leaf(array: np.ndarray, kind: str = "numpy") -> Leaf:
     return Leaf(
         dtype=name,
         shape=array.shape,
-        read=lambda: np.ascontiguousarray(array, dtype=dtype.newbyteorder("<") if dtype.byteorder == ">" else None),
-        identity=(pointer, array.shape, array.strides, dtype.str) if array.size else None,
+        read=functools.partial(_in_order, array),
+        identity=(pointer, array.shape, array.strides, dtype.byteorder) if array.size else None,
         kind=kind,
     )
+
+
+def _in_order(array: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(array, array.dtype.newbyteorder("<") if array.dtype.byteorder == ">" else None)

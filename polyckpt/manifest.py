@@ -1,12 +1,12 @@
-"""A manifest's bytes: encoding, version rules, the checksum that seals it, and every check that needs no other file."""
+"""A manifest's bytes: encoding, decoding, and every check that needs no other file."""
 
 from __future__ import annotations
 
-import datetime
 import inspect
 import json
 import math
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
@@ -18,18 +18,18 @@ from msgspec import structs
 
 from polyckpt import residue
 from polyckpt.checksums import PREFIX, checksum
-from polyckpt.dtypes import DTYPES, size_problem
-from polyckpt.errors import CorruptError, UnsupportedError, VersionError
-from polyckpt.schema import FORMAT_MAJOR, FORMAT_MINOR, FORMAT_NAME, Chunk, Head, Manifest, Tensor
+from polyckpt.dtypes import DTYPES, MAX_AXES, size_bytes, size_problem
+from polyckpt.errors import CorruptError, UnsupportedError
+from polyckpt.heads import sealed
+from polyckpt.schema import Chunk, Manifest, Tensor
 
-FILE_NAME = "manifest.json"
-MAX_BYTES = 1 << 30
 MAX_NATIVE_DEPTH = 4 * residue.MAX_DEPTH
 """Levels of JSON in native residue: one of its own levels takes up to three."""
-VERSION = f"{FORMAT_MAJOR}.{FORMAT_MINOR}"
 
-_SEAL = re.compile(rb',\n  "checksum": "' + PREFIX.encode() + rb'[0-9a-f]{32}"\n}\n\Z')
+_END = b"\n}"
+"""What follows the last member; the seal is put before it."""
 _FILE_NAME = re.compile(r"(?!\.\.?$)[A-Za-z0-9._-]{1,255}")
+_ORIGINS = {axes: (0,) * axes for axes in range(MAX_AXES + 1)}
 _ARRAYS_NAME = re.compile(r"[A-Za-z0-9_-]{1,200}\Z")
 _TENSOR_FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}\.safetensors\Z")
 
@@ -53,7 +53,7 @@ def encode(manifest: Manifest, unknown: dict[str, Any] | None = None) -> bytes:
         text = msgspec.json.encode(_merge(msgspec.to_builtins(manifest), unknown) if unknown else manifest)
     except UnicodeEncodeError as error:
         raise UnsupportedError(f"the manifest would hold {error.object!r}, which is not valid Unicode") from error
-    body = msgspec.json.format(text, indent=2).removesuffix(b"\n}")
+    body = msgspec.json.format(text, indent=2).removesuffix(_END)
     return body + b',\n  "checksum": "' + checksum(body).encode() + b'"\n}\n'
 
 
@@ -62,13 +62,14 @@ def decode(data: bytes, source: str) -> Decoded:
 
     Raises VersionError for a major version from the future and CorruptError for anything else that is wrong.
     """
-    body = _sealed(data, source)
+    body = sealed(data, source)
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise CorruptError(f"{source}: {error}") from error
-    text, written, unknown = msgspec.json.format(body + b"}", indent=-1), msgspec.json.encode(manifest), {}
-    if text != written:  # it holds more than this version writes, or holds it in other words
+    written, unknown = msgspec.json.encode(manifest), {}
+    if not _is_sealed(written, body):  # it holds more than this version writes, or holds it in other words
+        text = msgspec.json.format(body + b"}", indent=-1)
         try:
             raw, known = msgspec.json.decode(text), msgspec.json.decode(written)
         except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
@@ -83,39 +84,10 @@ def decode(data: bytes, source: str) -> Decoded:
     return Decoded(manifest, unknown)
 
 
-def decode_head(data: bytes, source: str) -> Head:
-    """When the checkpoint with this manifest was saved and how good it was. Raises as `decode` does, but reads no further.
-
-    A time that is none is a CorruptError too, since what is kept and when to save go by it.
-    """
-    _sealed(data, source)
-    try:
-        head = msgspec.json.decode(data, type=Head)
-        datetime.datetime.fromisoformat(head.saved_at_utc)
-    except msgspec.ValidationError as error:
-        raise CorruptError(f"{source}: {error}") from error
-    except ValueError as error:
-        raise CorruptError(f"{source}: saved_at_utc is no time") from error
-    return head
-
-
-class _Stated(msgspec.Struct):
-    format: Any = None
-    version: Any = None
-
-
-def _sealed(data: bytes, source: str) -> bytes:
-    """What the seal of a manifest covers, after its format, its version and the seal itself were found right."""
-    try:
-        stated = msgspec.json.decode(data, type=_Stated)
-    except msgspec.ValidationError:
-        stated = _Stated()  # JSON, and no object
-    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
-        raise CorruptError(f"{source}: not JSON, so truncated or damaged: {error}") from error
-    if stated.format != FORMAT_NAME:
-        raise CorruptError(f'{source}: no member "format": "{FORMAT_NAME}", so not a manifest or a damaged one')
-    _check_version(stated.version, source)
-    return _check_seal(data, source)
+def _is_sealed(text: bytes, body: bytes) -> bool:
+    """Whether `encode` would seal just these bytes. Neither is copied: they may be many."""
+    indented = msgspec.json.format(text, indent=2)
+    return len(indented) == len(body) + len(_END) and indented.startswith(body)
 
 
 def json_schema() -> dict[str, Any]:
@@ -129,28 +101,6 @@ def json_schema() -> dict[str, Any]:
         if "description" in each:  # a docstring, which versions of msgspec indent in two ways
             each["description"] = inspect.cleandoc(each["description"])
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "polyckpt manifest", **schema}
-
-
-def _check_version(version: Any, source: str) -> None:
-    if not isinstance(version, str) or not re.fullmatch(r"[0-9]{1,9}\.[0-9]{1,9}", version):
-        raise CorruptError(f'{source}: "version" is {version!r}, not "major.minor"')
-    if int(version.split(".")[0]) != FORMAT_MAJOR:
-        raise VersionError(
-            f"{source}: written in format version {version}; this library reads {FORMAT_MAJOR}.x (it writes {VERSION}). "
-            "Install a polyckpt that reads it"
-        )
-
-
-def _check_seal(data: bytes, source: str) -> bytes:
-    """What the seal covers."""
-    seal = _SEAL.search(data, max(0, len(data) - 200))
-    if seal is None:
-        raise CorruptError(f'{source}: does not end in its "checksum", so it was truncated or rewritten')
-    body = data[: seal.start()]
-    stated, actual = seal[0][-37 - len(PREFIX) + 1 : -4].decode(), checksum(body)
-    if stated != actual:
-        raise CorruptError(f"{source}: its checksum is {stated} but its bytes have {actual}: it was damaged or edited")
-    return body
 
 
 def _check_names(text: bytes, raw: Any, source: str) -> None:
@@ -182,7 +132,7 @@ def _problems(manifest: Manifest) -> Iterator[str]:
     for name in manifest.files:
         if not _TENSOR_FILE_NAME.match(name):
             yield f"files: {name!r} is not a plain name of a .safetensors file inside the checkpoint"
-    used: set[tuple[str, str]] = set()
+    used: dict[str, set[str]] = defaultdict(set)
     places = manifest.files.keys() | manifest.arrays.keys()
     for section, tensors in manifest.tensors.items():
         for name, tensor in tensors.items():
@@ -190,9 +140,9 @@ def _problems(manifest: Manifest) -> Iterator[str]:
                 for problem in _chunk_problems(tensor, places):
                     yield f"tensors: {section}: {name}: {problem}"
             for chunk in tensor.chunks:
-                if (chunk.file, chunk.key) in used:
+                if chunk.key in (keys := used[chunk.file]):
                     yield f"tensors: {section}: {name}: {chunk.key} of {chunk.file} is the chunk of another one too"
-                used.add((chunk.file, chunk.key))
+                keys.add(chunk.key)
     weights = {**manifest.tensors.get("weights", {}), **manifest.model.aliases}
     for alias, target in manifest.model.aliases.items():
         if target not in manifest.tensors.get("weights", {}):
@@ -214,18 +164,25 @@ def _problems(manifest: Manifest) -> Iterator[str]:
 
 def _is_whole(tensor: Tensor, places: AbstractSet[str]) -> bool:
     """Whether it is one chunk without a problem, as nearly all are."""
-    shape, chunks = tensor.shape, tensor.chunks
-    if len(chunks) != 1:
+    if len(tensor.chunks) != 1:
         return False
-    (chunk,) = chunks
-    itemsize = DTYPES[tensor.dtype].itemsize if tensor.dtype in DTYPES else 1
-    inside = chunk.shape == shape and len(chunk.offset) == len(shape) and not any(chunk.offset)
-    return inside and chunk.file in places and size_problem(shape, itemsize) is None
+    shape, (chunk,) = tensor.shape, tensor.chunks
+    if chunk.shape != shape or chunk.offset != _ORIGINS.get(len(shape)) or chunk.file not in places:
+        return False
+    try:
+        size_bytes(shape, _itemsize(tensor))
+    except ValueError:
+        return False
+    return True
+
+
+def _itemsize(tensor: Tensor) -> int:
+    """The bytes of an element; of one whose type a later version added, at least."""
+    return DTYPES[tensor.dtype].itemsize if tensor.dtype in DTYPES else 1
 
 
 def _chunk_problems(tensor: Tensor, places: AbstractSet[str]) -> Iterator[str]:
-    itemsize = DTYPES[tensor.dtype].itemsize if tensor.dtype in DTYPES else 1
-    if problem := size_problem(tensor.shape, itemsize):
+    if problem := size_problem(tensor.shape, _itemsize(tensor)):
         yield problem
         return
     for chunk in tensor.chunks:

@@ -19,8 +19,10 @@ def in_threads(items: Iterable[_T], work: Callable[[_T], object], *, size: Calla
     >>> done
     [1, 2, 3]
     """
-    listed = list(items)
-    large, small = ([item for item in listed if (size(item) < _SMALL) is is_small] for is_small in (False, True))
+    large: list[_T] = []
+    small: list[_T] = []
+    for item in items:
+        (small if size(item) < _SMALL else large).append(item)
     if len(large) < 2:
         for item in (*large, *small):
             work(item)

@@ -89,10 +89,14 @@ def by_class(value: Any) -> Adapter | None:
 def _packages(value: Any) -> Iterator[str]:
     # No recursion, and each container once: what is searched may contain itself.
     seen: dict[int, Any] = {}
+    classes: set[type] = set()  # that have an adapter
     stack = [value]
     while stack:
         node = stack.pop()
+        if type(node) in classes:
+            continue
         if adapter := by_class(node):
+            classes.add(type(node))
             yield adapter.name
         elif isinstance(node, Mapping | list | tuple):
             if id(node) not in seen:

@@ -251,15 +251,18 @@ def _clip(data: Any) -> str:
     return text if len(text) <= 80 else text[:77] + "..."
 
 
+_CONTAINERS = (list, tuple, Mapping)
+
+
 def walk(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Every leaf of nested dicts, lists and tuples with its path."""
     if len(path) > MAX_DEPTH:
         raise UnsupportedError(f"{show(path[:6])}...: nested deeper than {MAX_DEPTH} levels, or contains itself")
-    if isinstance(tree, Mapping):
-        for key, child in tree.items():
-            yield from walk(child, (*path, key))
-    elif isinstance(tree, list | tuple):
-        for index, child in enumerate(tree):
-            yield from walk(child, (*path, index))
-    else:
+    if not isinstance(tree, _CONTAINERS):
         yield path, tree
+        return
+    for key, child in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
+        if isinstance(child, _CONTAINERS):
+            yield from walk(child, (*path, key))
+        else:  # as nearly all are: it needs no generator of its own
+            yield (*path, key), child

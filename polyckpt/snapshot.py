@@ -15,6 +15,7 @@ from polyckpt import __version__, collecting, manifest, objects, parity, registr
 from polyckpt.adapter import Contents, OptimizerCapture
 from polyckpt.checkpoint import Checkpoint
 from polyckpt.errors import CheckpointError, StorageError
+from polyckpt.heads import FILE_NAME, VERSION
 from polyckpt.leaves import Leaf
 from polyckpt.scalars import Scalar, count, learning_rate, scalar, text
 from polyckpt.sections import Sections
@@ -58,7 +59,7 @@ class Snapshot:
         with local.replacing(target, overwrite=overwrite) as directory:
             where = self.sections.write(directory, self.metadata, store, None if before is None else _opened(before))
             finished = schema.Manifest(**self.draft, saved_at_utc=saved_at.isoformat(timespec="seconds"), run=run, **where)
-            local.write_file(directory / manifest.FILE_NAME, manifest.encode(finished))
+            local.write_file(directory / FILE_NAME, manifest.encode(finished))
             before_commit()
 
 
@@ -135,7 +136,7 @@ def compose(contents: Contents) -> Snapshot:
         lr = optimized.learning_rate
     draft = {
         "format": schema.FORMAT_NAME,
-        "version": manifest.VERSION,
+        "version": VERSION,
         "producer": schema.Producer(library_version=__version__, adapter=contents.adapter, versions=dict(contents.versions)),
         "progress": schema.Progress(epoch=contents.epoch, step=contents.step, batch=contents.batch),
         "metrics": {name: schema.to_number(value) for name, value in contents.metrics.items()},

@@ -39,7 +39,7 @@ LAYERS = [
     ["errors"],
     ["schema", "checksums", "names", "dtypes"],
     ["leaves", "layers", "layouts", "optimizers", "scalars", "policy", "background", "preemption", "collecting", "parallel"],
-    ["residue", "staging", "rules", "units", "updates"],
+    ["heads", "residue", "staging", "rules", "units", "updates"],
     ["formulas"],
     ["matching", "moves"],
     ["sides", "translation"],

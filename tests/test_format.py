@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 import pytest
 
-from polyckpt import history, layers, manifest, names, optimizers, residue, schema
+from polyckpt import heads, history, layers, manifest, names, optimizers, residue, schema
 from polyckpt.checksums import checksum
 from polyckpt.dtypes import DTYPES, MAX_AXES
 from polyckpt.errors import CorruptError
@@ -71,8 +71,8 @@ def test_the_example_manifest_is_sealed_and_canonical(tmp_path: Path) -> None:
     assert manifest.encode(decoded.manifest) == data
     seal = re.search(rb',\n  "checksum": "(xxh3-128:[0-9a-f]{32})"\n}\n\Z', data)
     assert checksum(data[: seal.start()]) == seal[1].decode()
-    assert decoded.manifest.version == manifest.VERSION
-    assert f"version {manifest.VERSION}" in TEXT.splitlines()[0]
+    assert decoded.manifest.version == heads.VERSION
+    assert f"version {heads.VERSION}" in TEXT.splitlines()[0]
     shapes = {name: tensor.shape for name, tensor in decoded.manifest.tensors["weights"].items()}
     assert not [problem for layer in decoded.manifest.model.layers for problem in layers.problems(layer, shapes)]
     # Together with the example file it is a checkpoint.
@@ -179,7 +179,7 @@ def test_limits_and_patterns_are_those_of_the_code() -> None:
         "at most 2^30 bytes": 1,
     }
     assert {text: TEXT.replace("\n", " ").count(text) for text in said} == said
-    assert manifest.MAX_BYTES == 1 << 30
+    assert heads.MAX_BYTES == 1 << 30
 
 
 def test_the_example_of_a_history_is_read(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import msgspec
 import pytest
 
 import polyckpt
-from polyckpt import manifest, schema
+from polyckpt import heads, manifest, schema
 from polyckpt.errors import CorruptError, UnsupportedError, VersionError
 from tests.sealing import REPOSITORY, edit, members, save_small, seal
 
@@ -23,7 +23,7 @@ def minimal(**changes: Any) -> dict[str, Any]:
     chunk = {"file": "weights.safetensors", "key": "a", "offset": [0, 0], "shape": [2, 3], "checksum": SUM}
     raw = {
         "format": "polyckpt",
-        "version": manifest.VERSION,
+        "version": heads.VERSION,
         "saved_at_utc": "2026-01-02T03:04:05+00:00",
         "producer": {"library_version": "0", "adapter": "numpy", "versions": {}},
         "progress": {"epoch": 1, "step": 2, "batch": None},
@@ -56,7 +56,7 @@ def test_encode_undoes_decode() -> None:
 
 def test_the_head_says_what_the_whole_manifest_says() -> None:
     raw = minimal(run={"id": "a", "sequence": 7}, later=1)
-    whole, head = decode(raw).manifest, manifest.decode_head(seal(raw), "m")
+    whole, head = decode(raw).manifest, heads.decode_head(seal(raw), "m")
     for name in ("saved_at_utc", "progress", "metrics", "run"):
         assert getattr(head, name) == getattr(whole, name)
     assert head.run == schema.Run(id="a", sequence=7)
@@ -64,7 +64,7 @@ def test_the_head_says_what_the_whole_manifest_says() -> None:
 
 @pytest.mark.parametrize("run", [{"id": "a"}, {"id": "a", "sequence": 0}, {"id": 1, "sequence": 1}, []])
 def test_a_wrong_run_is_refused_by_both(run: Any) -> None:
-    for reader in (manifest.decode, manifest.decode_head):
+    for reader in (manifest.decode, heads.decode_head):
         with pytest.raises(CorruptError, match="run"):
             reader(seal(minimal(run=run)), "m")
 
@@ -74,9 +74,9 @@ def test_the_head_of_a_damaged_manifest_is_refused() -> None:
     for position in range(0, len(data), 7):
         damaged = data[:position] + bytes([data[position] ^ 4]) + data[position + 1 :]
         with pytest.raises((CorruptError, VersionError)):
-            manifest.decode_head(damaged, "m")
+            heads.decode_head(damaged, "m")
     with pytest.raises(VersionError, match=r"2\.0"):
-        manifest.decode_head(json.dumps({"format": "polyckpt", "version": "2.0"}).encode(), "m")
+        heads.decode_head(json.dumps({"format": "polyckpt", "version": "2.0"}).encode(), "m")
 
 
 def test_unknown_members_of_a_minor_version_are_ignored_and_kept() -> None:

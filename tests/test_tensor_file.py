@@ -11,6 +11,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
@@ -88,9 +89,10 @@ def test_every_type_is_aligned_and_opens_with_the_safetensors_package(name: str,
     write_arrays(tmp_path / "x.safetensors", {"pad": np.ones(3, np.int8), "x": array, "wide": np.ones(1, np.complex128)})
     reader = TensorFileReader(tmp_path, "x.safetensors")
     assert reader.raw("x").tobytes() == array.tobytes()
-    for entry in reader.entries.values():
-        assert entry.start % ((entry.end - entry.start) // int(np.prod(entry.shape))) == 0
-    assert min(entry.start for entry in reader.entries.values()) % tensor_file.ALIGNMENT_BYTES == 0
+    for key, entry in reader.entries.items():
+        data = reader.raw(key)
+        assert data.ctypes.data % (data.size // int(np.prod(entry.shape))) == 0
+    assert min(reader.raw(key).ctypes.data for key in reader.entries) % tensor_file.ALIGNMENT_BYTES == 0
     with safe_open(tmp_path / "x.safetensors", "np") as other:
         assert set(other.keys()) == {"pad", "x", "wide"}
         assert tuple(other.get_slice("x").get_shape()) == DTYPES[name].stored_shape((3, 5))
@@ -268,6 +270,21 @@ def test_header_that_contradicts_the_manifest_is_refused(tmp_path: Path) -> None
         polyckpt.inspect(path).weights["w"]
 
 
+@pytest.mark.parametrize("verify", [True, False])
+def test_nothing_is_loaded_where_a_header_contradicts_the_manifest(verify: bool, tmp_path: Path) -> None:
+    def model() -> torch.nn.Module:
+        return torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 4))
+
+    path = polyckpt.save(tmp_path / "c", model())
+    edit(path, lambda raw: raw["tensors"]["weights"]["1.weight"]["chunks"][0].update(key="1.bias"))
+    edit(path, lambda raw: raw["tensors"]["weights"]["1.bias"]["chunks"][0].update(key="1.weight"))
+    fresh = model()
+    before = {name: value.clone() for name, value in fresh.state_dict().items()}
+    with pytest.raises(CorruptError, match=r"the manifest says F32\[4, 2\], the file has F32\[4\]"):
+        polyckpt.load(path, fresh, verify=verify)
+    assert all(torch.equal(value, before[name]) for name, value in fresh.state_dict().items())
+
+
 # Refusals of the writer
 
 
@@ -278,6 +295,7 @@ def test_nothing_is_written_for_what_has_no_place(tmp_path: Path) -> None:
         ({"good": good, "bad": bad}, "bad: element type 'float128'"),
         ({"__metadata__": good}, "reserves"),
         ({"\ud800": good}, "not valid Unicode"),
+        ({"good": good, "bad": Leaf("float32", (0, 1 << 62), lambda: np.ones(0))}, "bad: .* too large to address"),
     ):
         with pytest.raises(UnsupportedError, match=said):
             tensor_file.write(tmp_path / "x.safetensors", leaves, {})

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from msgspec import structs
 
 from polyckpt.adapter import Contents, ModelCapture, OptimizerCapture, StoredOptimizer
 from polyckpt.adapters.jax import optimizers, trees
@@ -76,7 +77,7 @@ def _leaf_for(live: Leaf, leaf: Leaf) -> Leaf:
         value, dtype = leaf.read().reshape(()), lookup(live.dtype, "").numpy
         if dtype.kind == value.dtype.kind and (narrow := value.astype(dtype)) == value:
             return Leaf(dtype=live.dtype, shape=(), read=lambda: narrow, kind=live.kind, frozen=True)
-    return dataclasses.replace(leaf, kind=live.kind)
+    return structs.replace(leaf, kind=live.kind)
 
 
 def value_like(value: Any, leaf: Leaf) -> Any:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import equinox
 import numpy as np
+from msgspec import structs
 
 from polyckpt.adapter import Contents
 from polyckpt.adapters.jax import arrays, trees
@@ -45,7 +46,7 @@ def read(path: Path, like: Like | None) -> Contents:
     if problems:
         raise MismatchError(f"{path}: its arrays are not those of the live model:", problems)
     described = like.captured
-    weights = {name: dataclasses.replace(found[name], kind=leaf.kind) for name, leaf in described.weights.items()}
+    weights = {name: structs.replace(found[name], kind=leaf.kind) for name, leaf in described.weights.items()}
     values = {
         name: type(value)(_number(found[name])) if name in found else value
         for name, value in described.native["values"].items()

@@ -12,6 +12,7 @@ from typing import Any
 
 import keras
 from keras.src.saving import saving_lib
+from msgspec import structs
 
 from polyckpt.adapter import Contents, ModelCapture, OptimizerCapture
 from polyckpt.adapters.keras import KerasAdapter, optimizers, variables
@@ -146,7 +147,7 @@ def _captured(model: Any, datasets: Datasets, left_out: list[str]) -> tuple[Mode
                 )
             )
         else:
-            weights[name] = dataclasses.replace(found, identity=leaf.identity)
+            weights[name] = structs.replace(found, identity=leaf.identity)
     problems += [
         Problem("unexpected", "weights", path, stored=f"{leaf.dtype}{list(leaf.shape)}")
         for path, leaf in datasets.weights.items()
@@ -217,7 +218,7 @@ def _filled(optimizer: Any, values: Sequence[Leaf], captured: ModelCapture) -> O
     described = optimizers.capture(optimizer, captured.parameters)
     # What was read just now is checked with the file that it came from.
     slots = {
-        slot: {name: dataclasses.replace(leaf, check=values[0].check) for name, leaf in entries.items()}
+        slot: {name: structs.replace(leaf, check=values[0].check) for name, leaf in entries.items()}
         for slot, entries in described.slots.items()
     }
     return dataclasses.replace(described, slots=slots)

@@ -16,6 +16,7 @@ from typing import Any
 import keras
 import numpy as np
 import tensorflow as tf
+from msgspec import structs
 from tensorflow.core.protobuf import trackable_object_graph_pb2
 
 from polyckpt.adapter import Contents, ModelCapture
@@ -65,9 +66,7 @@ def read(path: Path, like: Like | None) -> Contents:
             )
         found = _found(path, nodes, leaves, like)
         if found is not None:
-            kept = {
-                name: dataclasses.replace(found[name], identity=leaf.identity) for name, leaf in like.captured.weights.items()
-            }
+            kept = {name: structs.replace(found[name], identity=leaf.identity) for name, leaf in like.captured.weights.items()}
             model = dataclasses.replace(like.captured, weights=kept, rng=None)
             values = _optimizer(nodes, leaves, left_out)
             optimizer = files.optimizer_of(like.model, [like.optimizer], values, model, left_out)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from collections.abc import Set as AbstractSet
@@ -10,6 +9,7 @@ from typing import Any
 
 import keras
 import numpy as np
+from msgspec import structs
 
 from polyckpt import names, registry
 from polyckpt.checkpoint import StoredTensor
@@ -37,7 +37,7 @@ def leaf(variable: Any, what: str) -> Leaf:
         except UnsupportedError as error:
             raise UnsupportedError(f"{what}: {error}") from error
         if isinstance(found, Leaf):
-            return dataclasses.replace(found, kind=KIND)
+            return structs.replace(found, kind=KIND)
     elif _is_composite(tensor):
         raise UnsupportedError(f"{what}: a {type_name(tensor)} cannot be stored, only dense tensors can: store its parts")
     dtype = keras.backend.standardize_dtype(tensor.dtype)

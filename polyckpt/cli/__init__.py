@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import warnings
@@ -33,6 +34,8 @@ def main() -> None:
             raise
         sys.stderr.write(f"polyckpt: {error}\n")
         raise SystemExit(2) from error
+    finally:
+        gc.freeze()  # all goes with the process; to look through it once more takes as long as to list a run
 
 
 def _warn(message: Warning | str, *_: Any, **__: Any) -> None:

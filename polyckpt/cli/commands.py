@@ -1,4 +1,7 @@
-"""The commands of `polyckpt`: what lies on disk, whether it is whole, in what it differs. None of them imports a framework."""
+"""The commands of `polyckpt`: what lies on disk, whether it is whole, in what it differs. None of them imports a framework.
+
+What opens a checkpoint is imported by the commands that do: it takes longer than to list a run.
+"""
 
 from __future__ import annotations
 
@@ -12,11 +15,8 @@ import msgspec
 import typer
 
 from polyckpt import schema
-from polyckpt.checkpoint import verify_all
-from polyckpt.cli import factories, pictures, runs, screen
+from polyckpt.cli import pictures, runs, screen
 from polyckpt.errors import CheckpointError, PlanError, PolicyError
-from polyckpt.formats import table
-from polyckpt.formats.opened import Foreign, open_
 from polyckpt.policy import value_of
 
 if TYPE_CHECKING:
@@ -127,7 +127,11 @@ def show(checkpoint: CheckpointPath, like: LikeOption = None, json: AsJson = Fal
 
     Example: polyckpt show runs/digits/last
     """
-    opened = factories.opened(checkpoint, _made(like))
+    from polyckpt.cli import factories
+    from polyckpt.formats import table
+    from polyckpt.formats.opened import Foreign
+
+    opened = factories.opened(checkpoint, factories.made(like))
     manifest = opened.manifest
     if json:
         told = msgspec.to_builtins(manifest)
@@ -212,6 +216,9 @@ def verify(
 
 
 def _verified(path: Path) -> str:
+    from polyckpt.checkpoint import verify_all
+    from polyckpt.formats.opened import Foreign, open_
+
     opened = open_(path)
     if isinstance(opened, Foreign):
         opened.verify()
@@ -241,10 +248,11 @@ def diff(
 
     Exits with 1 where anything differs. Example: polyckpt diff runs/digits/best runs/digits/last
     """
-    from polyckpt import differences  # as in `convert`
+    from polyckpt import differences
+    from polyckpt.cli import factories
 
-    made = _made(like)
-    pair = factories.opened(one, made), factories.opened(other, made)
+    models = factories.made(like)
+    pair = factories.opened(one, models), factories.opened(other, models)
     entries = list(differences.compare(*pair, demanded(rule, rules)))
     entries = [each for each in entries if each.section == "weights" or not weights]
     different = [each for each in entries if each.differs]
@@ -268,10 +276,6 @@ def _apart(entry: differences.Entry) -> str:
 def _entry_as_json(entry: differences.Entry) -> dict[str, Any]:
     told = msgspec.to_builtins(entry)
     return {**told, "largest": None if entry.largest is None else msgspec.to_builtins(schema.to_number(entry.largest))}
-
-
-def _made(like: list[str] | None) -> list[factories.Made]:
-    return [factories.made(name) for name in like or ()]
 
 
 def demanded(rules: list[str] | None, file: Path | None) -> dict[str, str]:
@@ -303,8 +307,9 @@ def plan(
     Example: polyckpt plan runs/torch/last runs/keras/last
     """
     from polyckpt import differences
+    from polyckpt.cli import factories
 
-    models = _made(like)
+    models = factories.made(like)
     pair = factories.opened(one, models), factories.opened(other, models)
     made = differences.plan_between(*pair, demanded(rule, rules))
     rows = made.rows()

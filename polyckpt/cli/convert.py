@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from polyckpt.cli import factories, screen
+from polyckpt.cli import screen
 from polyckpt.cli.commands import CheckpointPath, LikeOption, RuleFile, Rules, app, demanded
 from polyckpt.errors import UnsupportedError
 from polyckpt.formats import table
@@ -37,9 +37,10 @@ def convert(
     Examples: polyckpt convert runs/digits/best digits.safetensors
     polyckpt convert model.pt model.keras --like nets:torch_net --like nets:keras_net
     """
-    from polyckpt import api  # what converts takes longer to import than to list a run
+    from polyckpt import api
+    from polyckpt.cli import factories
 
-    made = [factories.made(name) for name in like or ()]
+    made = factories.made(like)
     chosen = _format(target, to)
     described = factories.source_of(source, made)
     adapter = described.adapter if described else factories.opened(source).manifest.producer.adapter

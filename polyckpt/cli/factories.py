@@ -29,8 +29,12 @@ class Made:
     optimizer: Any = None
 
 
-def made(name: str) -> Made:
-    """Call the function `name`, module:function. Raises UnsupportedError, saying what of it there is not."""
+def made(names: Sequence[str] | None) -> list[Made]:
+    """What the functions `names`, each module:function, make. Raises UnsupportedError, saying what of one there is not."""
+    return [_made(name) for name in names or ()]
+
+
+def _made(name: str) -> Made:
     module, separator, function = name.partition(":")
     if not (module and separator and function):
         raise UnsupportedError(f"--like {name}: write it as module:function, of a function that makes the model")

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 
-from msgspec import structs
+import msgspec
 
-from polyckpt import manifest, schema
+from polyckpt import schema
 from polyckpt.cli import screen
 from polyckpt.errors import CheckpointError, CorruptError, NotACheckpointError, PolicyError, PolyckptError, RunError
 from polyckpt.formats import table
-from polyckpt.formats.opened import open_
+from polyckpt.heads import FILE_NAME, decode_head
 from polyckpt.history import History
 from polyckpt.policy import Record
 from polyckpt.rules import Rules
@@ -23,8 +23,7 @@ from polyckpt.storage import local
 from polyckpt.storage.run_directory import RunDirectory
 
 
-@dataclass(frozen=True)
-class Listed:
+class Listed(msgspec.Struct, frozen=True):
     """A checkpoint in a directory. time: of its save, in seconds since 1970. marks: best, last, or what is wrong with it."""
 
     name: str
@@ -63,6 +62,8 @@ def opened(path: Path, monitor: str | None, mode: str, keep_last: int | None = N
 
 def _lying_there(directory: Path) -> tuple[list[Record], dict[str, CorruptError]]:
     """The checkpoints in a directory, of any format, in the order of training, and the errors of those that cannot be read."""
+    from polyckpt.formats.opened import open_
+
     records, unreadable = [], {}
     steps = table.steps(directory)
     for child in sorted(directory.iterdir()):
@@ -75,14 +76,14 @@ def _lying_there(directory: Path) -> tuple[list[Record], dict[str, CorruptError]
             continue
         metrics = {name: float(schema.from_number(value)) for name, value in told.metrics.items()}
         time = int(datetime.fromisoformat(told.saved_at_utc).timestamp())
-        records.append(Record(sequence=1, time=time, metrics=metrics, name=child.name, **structs.asdict(told.progress)))
+        records.append(Record(sequence=1, time=time, metrics=metrics, name=child.name, **msgspec.structs.asdict(told.progress)))
     records.sort(key=lambda each: (each.step or 0, each.epoch or 0, each.time, str(each.name)))
     return [replace(record, sequence=place) for place, record in enumerate(records, 1)], unreadable
 
 
 def is_checkpoint(path: Path) -> bool:
     """Whether a path is a checkpoint of ours, or in a format of others; a directory of many is none."""
-    return (path / manifest.FILE_NAME).is_file() or (bool(table.candidates(path)) and not table.steps(path))
+    return (path / FILE_NAME).is_file() or (bool(table.candidates(path)) and not table.steps(path))
 
 
 def best(path: Path, monitor: str | None, mode: str) -> Path:
@@ -134,8 +135,8 @@ def _listed(directory: Path, record: Record, marks: tuple[str, ...]) -> Listed:
 
 
 def _head(path: Path) -> schema.Head:
-    source = path / manifest.FILE_NAME
-    return manifest.decode_head(source.read_bytes(), str(source))
+    source = path / FILE_NAME
+    return decode_head(source.read_bytes(), str(source))
 
 
 def checkpoints(paths: Sequence[Path]) -> list[Path]:

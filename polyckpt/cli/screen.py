@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import os
 import sys
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
-from rich import box
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    SpinnerColumn,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Table
 from rich.text import Text
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
 
 _WIDE = 10_000
 """Nothing that is piped is cut or wrapped."""
@@ -46,6 +39,9 @@ def print_table(
     if any(columns) and sum(widths) + 3 * len(widths) < out.width and not any("\n" in cell for row in cells for cell in row):
         _print_lines(out, columns, cells, widths, right)
         return
+    from rich import box
+    from rich.table import Table
+
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, show_header=any(columns))
     for name in columns:
         table.add_column(name, justify="right" if name in right else "left", overflow="fold")
@@ -75,6 +71,8 @@ def _print_lines(
 
 def progress() -> Progress:
     """A bar over bytes on the terminal, nothing where there is none."""
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn
+
     errors = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn()
     return Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
@@ -82,6 +80,8 @@ def progress() -> Progress:
 
 def spinner(what: str) -> Progress:
     """What is being done, and for how long, on the terminal; nothing where there is none."""
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
     errors = Console(stderr=True)
     columns = SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn()
     shown = Progress(*columns, console=errors, transient=True, disable=not errors.is_terminal)
@@ -128,7 +128,20 @@ def number(value: float | None) -> str:
 
 def bytes_of(path: Path) -> int:
     """The bytes of a file, or of all files in a directory."""
-    files = [Path(where, name) for where, _, names in os.walk(path) for name in names] or [path]
-    if not path.exists():  # what the names of several files begin with
-        files = list(path.parent.glob(f"{glob.escape(path.name)}.*"))
+    if path.is_dir():
+        return _bytes_in(path)
+    # Where there is nothing, it is what the names of several files begin with.
+    files = [path] if path.exists() else path.parent.glob(f"{glob.escape(path.name)}.*")
     return sum(file.lstat().st_size for file in files if file.is_file() and not file.is_symlink())
+
+
+def _bytes_in(directory: str | Path) -> int:
+    """The bytes of all files in a directory, as far as it can be read. Links are not followed."""
+    total = 0
+    with contextlib.suppress(OSError), os.scandir(directory) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                total += _bytes_in(entry.path)
+            elif entry.is_file(follow_symlinks=False):
+                total += entry.stat(follow_symlinks=False).st_size
+    return total

@@ -5,7 +5,6 @@ In all of them a variable is a dataset whose path says where in the model it is:
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import os
 import re
@@ -17,6 +16,7 @@ from typing import Any
 
 import msgspec
 import numpy as np
+from msgspec import structs
 
 from polyckpt.dtypes import lookup
 from polyckpt.errors import AdapterError, CorruptError, UnsupportedError
@@ -79,7 +79,7 @@ class Datasets:
         if is_archive(path):
             self.config = _config_in_archive(path)
             check = EntryCheck(path, WEIGHTS_IN_ARCHIVE)
-            found = {name: dataclasses.replace(leaf, check=check) for name, leaf in _datasets(path, *_stored(path)).items()}
+            found = {name: structs.replace(leaf, check=check) for name, leaf in _datasets(path, *_stored(path)).items()}
         elif is_folder(path):
             self.config = _config(path / CONFIG)
             found = _datasets(path / WEIGHTS_IN_ARCHIVE)

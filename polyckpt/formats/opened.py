@@ -14,7 +14,7 @@ from polyckpt.errors import NotACheckpointError, PolyckptError, StorageError, Un
 from polyckpt.formats import table
 from polyckpt.formats.described import Like
 from polyckpt.formats.reading import ReadTensor
-from polyckpt.manifest import FILE_NAME
+from polyckpt.heads import FILE_NAME
 from polyckpt.snapshot import Snapshot
 from polyckpt.storage import local
 

@@ -39,7 +39,7 @@ def leaves(reader: TensorFileReader) -> dict[str, Leaf]:
     """The tensors of an open file by name."""
     found = {}
     for name, entry in reader.entries.items():
-        dtype = of_code(entry.code, f"{reader.path}: {name}")
+        dtype = of_code(entry.dtype, f"{reader.path}: {name}")
         found[name] = Leaf(dtype=dtype.name, shape=entry.shape, read=functools.partial(reader.raw, name), frozen=True)
     return found
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
-from importlib.metadata import entry_points
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -75,6 +74,8 @@ def call(where: str, title: str, needs: str, *arguments: Any) -> Any:
 @cache
 def formats() -> dict[str, Format]:
     """Every registered format by name."""
+    from importlib.metadata import entry_points
+
     return {entry.name: entry.load() for entry in entry_points(group=GROUP)}
 
 

@@ -107,7 +107,7 @@ class ArrayDirectoryReader:
         self._arrays = ZarrArrays(self.path)
         self._paths = {names.join(path): path for path in self._arrays.entries}
         self.entries = {
-            key: Entry((dtype := lookup(found.dtype, key)).stored_code, dtype.stored_shape(found.shape), 0, 0)
+            key: Entry((dtype := lookup(found.dtype, key)).stored_code, dtype.stored_shape(found.shape), (0, 0))
             for key, path in self._paths.items()
             if (found := self._arrays.entries[path])
         }
@@ -116,6 +116,10 @@ class ArrayDirectoryReader:
         """The bytes of one tensor, uint8, in memory of their own. Raises CorruptError for what cannot be read."""
         array = self._arrays.read(self._paths[key])
         return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+
+    def place(self, key: str) -> str:
+        """Where one tensor lies, for people: in files of chunks, of which no one place can be told."""
+        return "the values"
 
     def verify(self) -> None:
         """Compare every file with its checksum. Raises CorruptError naming the first that changed."""

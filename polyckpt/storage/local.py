@@ -14,7 +14,6 @@ import fcntl
 import functools
 import os
 import re
-import secrets
 import shutil
 import stat
 import sys
@@ -22,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from polyckpt.errors import CheckpointExistsError, CorruptError, NotACheckpointError, StorageError
-from polyckpt.manifest import FILE_NAME, MAX_BYTES
+from polyckpt.heads import FILE_NAME, MAX_BYTES
 
 TEMPORARY_PREFIX = ".polyckpt-tmp-"
 _REPLACED_SUFFIX = ".polyckpt-replaced"
@@ -204,7 +203,7 @@ def write_file(path: Path, data: bytes) -> None:
         raise StorageError(error.errno, f"cannot write {path}: {error.strerror}") from error
 
 
-def open_file(path: Path, flags: int = os.O_RDONLY) -> int:
+def open_file(path: str | Path, flags: int = os.O_RDONLY) -> int:
     """A descriptor of the regular file `path`. A symbolic link is followed to read, but never to write.
 
     Raises CorruptError for what is no regular file, OSError where the system refuses.
@@ -237,7 +236,7 @@ def read_at(descriptor: int, size_bytes: int, offset: int = 0) -> bytes:
     return b"".join(blocks)
 
 
-def read_file(path: Path, limit: int, what: str) -> bytes:
+def read_file(path: str | Path, limit: int, what: str) -> bytes:
     """The bytes of a regular file. Raises as `open_file` does, and CorruptError where they are more than `what` may have."""
     descriptor = open_file(path)
     try:
@@ -249,7 +248,7 @@ def read_file(path: Path, limit: int, what: str) -> bytes:
         os.close(descriptor)
 
 
-def read_manifest(path: Path) -> bytes:
+def read_manifest(path: str | Path) -> bytes:
     """The bytes of a manifest. Raises as `read_file` does."""
     return read_file(path, MAX_BYTES, "a manifest")
 
@@ -291,7 +290,7 @@ def make_directories(directory: Path) -> None:
 
 def temporary_path(parent: Path) -> Path:
     """A name in `parent` that `remove_leftovers` knows."""
-    return parent / f"{TEMPORARY_PREFIX}{secrets.token_hex(8)}"
+    return parent / f"{TEMPORARY_PREFIX}{os.urandom(8).hex()}"
 
 
 def _create_temporary(parent: Path) -> tuple[Path, int]:

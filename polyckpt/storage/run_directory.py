@@ -7,15 +7,15 @@ import errno
 import fcntl
 import os
 import re
-import socket
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import msgspec
 
-from polyckpt import manifest, schema
+from polyckpt import schema
 from polyckpt.errors import CorruptError, LockedError, StorageError, VersionError
+from polyckpt.heads import FILE_NAME, decode_head
 from polyckpt.storage import local
 
 LOCK_NAME = ".polyckpt-lock"
@@ -64,16 +64,16 @@ class RunDirectory:
         except OSError as error:
             raise StorageError(error.errno, f"cannot read {self.path}: {error.strerror}") from error
         for entry in sorted(entries, key=lambda entry: entry.name):
-            source = os.path.join(entry.path, manifest.FILE_NAME)
+            source = os.path.join(entry.path, FILE_NAME)
             if not _NAME.match(entry.name):
                 if not entry.name.startswith((*ASIDE, ".")) and os.path.isfile(source):
                     others.append(entry.name)
                 continue
             try:
-                head = manifest.decode_head(local.read_manifest(Path(source)), source)
+                head = decode_head(local.read_manifest(source), source)
             except FileNotFoundError:
                 if known and entry.name in known and os.path.isdir(entry.path):  # else it was deleted meanwhile
-                    damaged[entry.name] = CorruptError(f"{entry.path}: it has no {manifest.FILE_NAME}")
+                    damaged[entry.name] = CorruptError(f"{entry.path}: it has no {FILE_NAME}")
             except VersionError:
                 if known is None or entry.name in known:
                     raise
@@ -93,6 +93,8 @@ class RunDirectory:
 
     def claim(self) -> None:
         """Become the only writer until `release`. Raises LockedError, which names the one there is."""
+        import socket
+
         if self.claimed:
             return
         try:

@@ -8,7 +8,6 @@ element size, so that each is aligned to its own.
 from __future__ import annotations
 
 import json
-import math
 import mmap
 import os
 import struct
@@ -17,14 +16,14 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 import numpy as np
 
 from polyckpt import collecting
 from polyckpt.checksums import BLOCK_BYTES, checksum, checksum_in_blocks
-from polyckpt.dtypes import lookup, size_problem
+from polyckpt.dtypes import lookup, size_bytes
 from polyckpt.errors import CorruptError, StorageError, UnsupportedError
 from polyckpt.leaves import Leaf
 from polyckpt.schema import TensorFile
@@ -49,6 +48,17 @@ _STORED_ITEMSIZE = {
 }
 
 
+class Entry(msgspec.Struct, frozen=True, gc=False):
+    """One tensor of a file as its header states it. data_offsets: of its first byte and its end, from the end of the header."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data_offsets: tuple[int, int]
+
+
+_decode_entry = msgspec.json.Decoder(Entry).decode
+
+
 @dataclass(frozen=True, slots=True)
 class Written:
     """A finished tensor file: its entry for the manifest and the checksum of each tensor by key."""
@@ -63,58 +73,60 @@ def write(path: Path, leaves: Mapping[str, Leaf], metadata: Mapping[str, str]) -
     Raises UnsupportedError before anything is written where a type or a name has no place in the format, StorageError
     where the system refuses.
     """
-    ordered = sorted(leaves.items(), key=lambda item: -lookup(item[1].dtype, item[0]).itemsize)
-    header = _header(ordered, metadata)
+    laid_out = _laid_out(leaves)
+    header = _header(laid_out, metadata)
     checksums: dict[str, str] = {}
-    size_bytes = len(header)
     try:
         with open(path, "xb", buffering=0) as file, ThreadPoolExecutor(1, "polyckpt-checksums") as beside:
             output = _Output(file)
             output.add(memoryview(header))
-            for key, leaf in ordered:
-                data = _bytes_of(key, leaf)
+            for key, entry in laid_out.items():
+                data = _bytes_of(key, leaves[key], entry)
                 # To hand over a task costs more than to hash a few kilobytes.
                 hashed = beside.submit(checksum_in_blocks, data) if len(data) >= BLOCK_BYTES else None
                 output.add(data)
                 checksums[key] = hashed.result() if hashed else checksum(data)
-                size_bytes += len(data)
             output.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise StorageError(error.errno, f"cannot write {path}: {error.strerror}") from error
-    return Written(TensorFile(size_bytes=size_bytes, header_checksum=checksum(header)), checksums)
+    return Written(TensorFile(size_bytes=output.size_bytes, header_checksum=checksum(header)), checksums)
 
 
 @collecting.paused()
-def _header(ordered: list[tuple[str, Leaf]], metadata: Mapping[str, str]) -> bytes:
-    entries: dict[str, Any] = {_METADATA: dict(metadata)}
-    if any(key == _METADATA for key, _ in ordered):
-        raise UnsupportedError(f"safetensors reserves the tensor name {_METADATA!r}")
-    offset = 0
-    for key, leaf in ordered:
-        dtype = lookup(leaf.dtype, key)
-        end = offset + math.prod(leaf.shape) * dtype.itemsize
-        entries[key] = {
-            "dtype": dtype.stored_code,
-            "shape": dtype.stored_shape(leaf.shape),
-            "data_offsets": [offset, end],
-        }
+def _laid_out(leaves: Mapping[str, Leaf]) -> dict[str, Entry]:
+    """Where each tensor will lie, in the order of the file."""
+    dtypes = {name: lookup(name, key) for name, key in {leaf.dtype: key for key, leaf in leaves.items()}.items()}
+    entries, offset = {}, 0
+    for key, leaf in sorted(leaves.items(), key=lambda item: -dtypes[item[1].dtype].itemsize):
+        dtype = dtypes[leaf.dtype]
+        try:
+            end = offset + size_bytes(leaf.shape, dtype.itemsize)
+        except ValueError as error:
+            raise UnsupportedError(f"{key}: {error}") from error
+        entries[key] = Entry(dtype.stored_code, dtype.stored_shape(leaf.shape), (offset, end))
         offset = end
+    return entries
+
+
+def _header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
+    if _METADATA in entries:
+        raise UnsupportedError(f"safetensors reserves the tensor name {_METADATA!r}")
     try:
-        text = msgspec.json.encode(entries)
+        text = msgspec.json.encode({_METADATA: metadata, **entries})
     except UnicodeEncodeError as error:
         raise UnsupportedError(f"the tensor name {error.object!r} is not valid Unicode") from error
     text += b" " * (-(8 + len(text)) % ALIGNMENT_BYTES)
     if len(text) > MAX_HEADER_BYTES:
         raise UnsupportedError(
-            f"{len(ordered)} tensors need a header of {len(text)} bytes; safetensors allows {MAX_HEADER_BYTES}"
+            f"{len(entries)} tensors need a header of {len(text)} bytes; safetensors allows {MAX_HEADER_BYTES}"
         )
     return struct.pack("<Q", len(text)) + text
 
 
-def _bytes_of(key: str, leaf: Leaf) -> memoryview:
+def _bytes_of(key: str, leaf: Leaf, entry: Entry) -> memoryview:
     array = leaf.read()
-    expected = math.prod(leaf.shape) * lookup(leaf.dtype, key).itemsize
+    expected = entry.data_offsets[1] - entry.data_offsets[0]
     if array.nbytes != expected or not array.flags.c_contiguous:
         raise UnsupportedError(
             f"{key}: {leaf.dtype}{list(leaf.shape)} is {expected} bytes, but reading it gave {array.nbytes}, "
@@ -124,10 +136,13 @@ def _bytes_of(key: str, leaf: Leaf) -> memoryview:
 
 
 class _Output:
-    """A file that is written from front to back: what is small is gathered, what is large is on its way to the disk early."""
+    """A file that is written from front to back: what is small is gathered, what is large is on its way to the disk early.
+
+    size_bytes: of what is written so far.
+    """
 
     def __init__(self, file: Any) -> None:
-        self._file, self._gathered, self._written = file, bytearray(), 0
+        self._file, self._gathered, self.size_bytes = file, bytearray(), 0
 
     def add(self, data: memoryview) -> None:
         """Write `data` after all that was added before, or keep it until there is more."""
@@ -151,8 +166,8 @@ class _Output:
             # The system may take less than it was given: near a limit, and at 2 GiB always.
             rest = rest[self._file.write(rest) :]
         # The disk works while more is copied to the system, and the sync at the end has less to wait for.
-        local.begin_writeback(self._file.fileno(), self._written, len(data))
-        self._written += len(data)
+        local.begin_writeback(self._file.fileno(), self.size_bytes, len(data))
+        self.size_bytes += len(data)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -161,15 +176,6 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(members) != len(pairs):
         raise ValueError("a name occurs twice in one object")
     return members
-
-
-class Entry(NamedTuple):
-    """One tensor of a file as its header states it: bytes `start` to `end` of the file."""
-
-    code: str
-    shape: tuple[int, ...]
-    start: int
-    end: int
 
 
 class TensorFileReader:
@@ -199,7 +205,6 @@ class TensorFileReader:
                 raise CorruptError(
                     f"{self.path}: its header has checksum {checksum(header)}, but the manifest says {stated.header_checksum}"
                 )
-            self.entries = self._parse(header, status.st_size)
             # Private and writable, so that frameworks may wrap it without a copy; nothing written reaches the file.
             flags = mmap.MAP_PRIVATE | _MAP_NORESERVE
             self._map = mmap.mmap(descriptor, status.st_size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
@@ -208,11 +213,18 @@ class TensorFileReader:
         finally:
             os.close(descriptor)
         self._bytes = np.frombuffer(self._map, dtype=np.uint8)
+        self._begin = len(header)
+        self.entries, self.metadata = self._parse(header)
 
     def raw(self, key: str) -> np.ndarray:
         """The bytes of one tensor, uint8, without a copy."""
-        entry = self.entries[key]
-        return self._bytes[entry.start : entry.end]
+        start, end = self.entries[key].data_offsets
+        return self._bytes[self._begin + start : self._begin + end]
+
+    def place(self, key: str) -> str:
+        """Where one tensor lies in the file, for people."""
+        start, end = (self._begin + offset for offset in self.entries[key].data_offsets)
+        return f"bytes {start} to {end}"
 
     def _read_header(self, descriptor: int, size_bytes: int) -> bytes:
         prefix = local.read_at(descriptor, 8)
@@ -228,39 +240,45 @@ class TensorFileReader:
             raise CorruptError(f"{self.path}: ended within its header")
         return header
 
-    def _parse(self, header: bytes, size_bytes: int) -> dict[str, Entry]:
+    def _parse(self, header: bytes) -> tuple[dict[str, Entry], dict[str, str]]:
+        """Entries and metadata."""
+        text, entries = header[8:].rstrip(b" "), {}
         try:
-            text = header[8:].rstrip(b" ")
-            raw = msgspec.json.decode(text)
-            # Whoever spells JSON as msgspec does has no name twice where the same bytes come out again; that costs little.
-            if msgspec.json.encode(raw) != text:
-                raw = json.loads(text, object_pairs_hook=_unique)
+            members = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
+            beside = members.pop(_METADATA, None)
+            stated = msgspec.json.decode(b"{}" if beside is None else beside, type=dict[str, Any])
         except (ValueError, RecursionError) as error:
             raise CorruptError(f"{self.path}: its header is not that of a tensor file: {error}") from error
-        if not isinstance(raw, dict) or not all(isinstance(fields, dict) for fields in raw.values()):
-            raise CorruptError(f"{self.path}: its header is not that of a tensor file: not an object of objects")
-        stated = raw.pop(_METADATA, {})
-        self.metadata = {key: text for key, text in stated.items() if isinstance(text, str)}
-        entries = {key: self._entry(key, fields, len(header)) for key, fields in raw.items()}
-        position = len(header)
-        for key, entry in sorted(entries.items(), key=lambda item: (item[1].start, item[1].end)):
-            if entry.start != position:
-                raise CorruptError(f"{self.path}: {key} begins at byte {entry.start}, but {position} is next")
-            position = entry.end
-        if position != size_bytes:
-            raise CorruptError(f"{self.path}: its tensors end at byte {position}, the file at {size_bytes}")
-        return entries
-
-    def _entry(self, key: str, fields: dict[str, Any], base: int) -> Entry:
         try:
-            code, shape, (start, end) = fields["dtype"], tuple(fields["shape"]), fields["data_offsets"]
-            itemsize = _STORED_ITEMSIZE[code]
-        except (KeyError, TypeError, ValueError) as error:
-            raise CorruptError(f"{self.path}: the header's entry for {key} is {fields!r:.200}, which is not valid") from error
-        if not {type(number) for number in (start, end, *shape)} == {int}:
-            raise CorruptError(f"{self.path}: the header's entry for {key} is {fields!r:.200}, which is not valid")
-        if problem := size_problem(shape, itemsize):
-            raise CorruptError(f"{self.path}: {key}: {problem}")
-        if start < 0 or end - start != math.prod(shape) * itemsize:
-            raise CorruptError(f"{self.path}: {key} is {code}{list(shape)} but spans bytes {start} to {end}")
-        return Entry(code, shape, base + start, base + end)
+            for key, member in members.items():
+                entries[key] = _decode_entry(member)
+        except ValueError as error:
+            raise CorruptError(f"{self.path}: its header is not that of a tensor file: {key:.200}: {error}") from error
+        # Whoever spells JSON as msgspec does has no name twice where the same bytes come out again; that costs little.
+        if msgspec.json.encode(entries if beside is None else {_METADATA: stated, **entries}) != text:
+            try:
+                json.loads(text, object_pairs_hook=_unique)
+            except (ValueError, RecursionError) as error:
+                raise CorruptError(f"{self.path}: its header is not that of a tensor file: {error}") from error
+        self._check(entries)
+        return entries, {key: text for key, text in stated.items() if isinstance(text, str)}
+
+    def _check(self, entries: Mapping[str, Entry]) -> None:
+        """Raise where entries are not what their shapes say, or leave a gap, or overlap."""
+        position = base = self._begin
+        for key, entry in sorted(entries.items(), key=lambda item: item[1].data_offsets):
+            start, end = entry.data_offsets
+            if entry.dtype not in _STORED_ITEMSIZE:
+                raise CorruptError(f"{self.path}: {key}: {entry.dtype!r:.80} is no type of a tensor file")
+            try:
+                expected = size_bytes(entry.shape, _STORED_ITEMSIZE[entry.dtype])
+            except ValueError as error:
+                raise CorruptError(f"{self.path}: {key}: {error}") from error
+            if end - start != expected:
+                shown = f"{entry.dtype}{list(entry.shape)}"
+                raise CorruptError(f"{self.path}: {key} is {shown} but spans bytes {start} to {end}")
+            if base + start != position:
+                raise CorruptError(f"{self.path}: {key} begins at byte {base + start}, but {position} is next")
+            position = base + end
+        if position != self._bytes.size:
+            raise CorruptError(f"{self.path}: its tensors end at byte {position}, the file at {self._bytes.size}")

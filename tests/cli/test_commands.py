@@ -98,6 +98,19 @@ def test_ls_of_checkpoints_that_no_manager_wrote(tmp_path: Path) -> None:
     assert [(each["name"], each["step"], each["metrics"]) for each in told] == [("first", 3, {"loss": {"$float": "inf"}})]
 
 
+def test_a_size_is_that_of_every_file_and_of_nothing_behind_a_link(tmp_path: Path) -> None:
+    path = polyckpt.save(tmp_path / "run" / "one", weights(0))
+    size_bytes = sum(file.stat().st_size for file in path.iterdir())
+    (path / "notes" / "deep").mkdir(parents=True)
+    (path / "notes" / "deep" / "text").write_bytes(b"x" * 1234)
+    (tmp_path / "far").mkdir()
+    (tmp_path / "far" / "large").write_bytes(b"x" * 56789)
+    (path / "file").symlink_to(tmp_path / "far" / "large")
+    (path / "directory").symlink_to(tmp_path / "far")
+    told = json.loads(run("ls", tmp_path / "run", "--json").stdout)
+    assert [each["size_bytes"] for each in told] == [size_bytes + 1234]
+
+
 def test_a_table_fits_its_terminal_and_is_whole_in_a_pipe(directory: Path) -> None:
     wide = directory.parent / ("long-" * 20 + "name")
     directory.rename(wide)
@@ -270,14 +283,26 @@ def test_version() -> None:
     assert run("--version").stdout == f"polyckpt {polyckpt.__version__}\n"
 
 
-def test_no_framework_is_imported(directory: Path) -> None:
+def imported(*arguments: Any) -> set[str]:
+    """The modules that a command imports."""
     program = (
-        "import sys; sys.argv = ['polyckpt', 'verify', sys.argv[1]]\n"
-        "import atexit; atexit.register(lambda: print(sorted({'torch', 'keras', 'jax', 'tensorflow'} & sys.modules.keys())))\n"
+        "import atexit, sys; atexit.register(lambda: print(*sys.modules))\n"  # after what the command prints
         "from polyckpt.cli import main; main()"
     )
-    done = subprocess.run([sys.executable, "-c", program, str(directory)], capture_output=True, text=True, timeout=60)
-    assert done.stdout.endswith("[]\n"), done.stdout + done.stderr
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return set(done.stdout.splitlines()[-1].split())
+
+
+def test_no_framework_is_imported(directory: Path) -> None:
+    assert not imported("verify", directory) & {"torch", "keras", "jax", "tensorflow"}
+
+
+def test_listing_a_run_imports_nothing_that_opens_a_checkpoint(directory: Path) -> None:
+    opening = {"numpy", "polyckpt.manifest", "polyckpt.checkpoint", "polyckpt.registry"}
+    assert opening <= imported("verify", directory)
+    assert not imported("ls", directory) & opening
 
 
 def readme(command: str) -> list[list[str]]:

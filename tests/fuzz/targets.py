@@ -17,6 +17,7 @@ import msgspec
 from polyckpt import manifest as manifest_file
 from polyckpt.checksums import checksum
 from polyckpt.errors import PolyckptError, UnsupportedError
+from polyckpt.heads import decode_head
 from polyckpt.history import FILE_NAME, History
 from polyckpt.storage.tensor_file import TensorFileReader
 
@@ -39,7 +40,7 @@ def manifest(data: bytes) -> bool:
     accepted = False
     for whole in (data, sealed(data)):
         with contextlib.suppress(PolyckptError):
-            manifest_file.decode_head(whole, "m")
+            decode_head(whole, "m")
         try:
             decoded = manifest_file.decode(whole, "m")
         except PolyckptError:

@@ -37,6 +37,6 @@ def run(mode: str, name: str, path: Path) -> None:
 
 if __name__ == "__main__":
     sys.path.insert(0, str(REPOSITORY))
-    from polyckpt.manifest import VERSION
+    from polyckpt.heads import VERSION
 
     main(VERSION, sys.argv[1:] or NAMES)
