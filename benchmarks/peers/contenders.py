@@ -145,10 +145,16 @@ def inspecting(library: Library, shapes: dict[str, tuple[int, ...]], directory: 
 
 
 def process(name: str, command: Sequence[str], directory: Path, shown: str = "") -> Contender:
-    """A new process, whose output must hold `shown`."""
+    """A new process, whose output must hold `shown`. Its byte code is compiled once, as where a package was installed."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONDONTWRITEBYTECODE"}
+    environment["PYTHONPYCACHEPREFIX"] = str(directory / "bytecode")
+
+    def run() -> str:
+        return subprocess.run(command, check=True, capture_output=True, text=True, cwd=directory, env=environment).stdout
+
     return Contender(
         name=name,
-        run=lambda: subprocess.run(command, check=True, capture_output=True, text=True, cwd=directory).stdout,
+        run=run,
         check=lambda output: require(shown in output, f"{name} does not show {shown}: {output}"),
     )
 

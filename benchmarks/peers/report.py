@@ -35,8 +35,9 @@ COMPARED = """\
 - **Extra memory** is the most private memory (RssAnon, seen every 2 ms) during a save or load beyond what there was before it.
 - **(d)**: low-rank adapters over frozen layers; adapters and their two moments are 5 % of all bytes of a checkpoint.
   Bytes written are those of the files that are no links to an earlier checkpoint.
-- **New processes** are timed from start to end, the start of Python included. `import polyckpt` imports its modules when they
-  are first asked for; "polyckpt.save, not called" is the import and that.
+- **New processes** are timed from start to end, the start of Python included; byte code is compiled before, as where packages
+  were installed. `import polyckpt` imports its modules when they are first asked for; "polyckpt.save, not called" is the import
+  and that.
 """
 
 OURS, RAW, PEER = "#0b7285", "#ced4da", "#868e96"
