@@ -220,7 +220,9 @@ def _deeper(tree: Any, limit: int) -> bool:
     level = [tree]
     for _ in range(limit + 1):
         level = [child for node in level if isinstance(node, dict | list) for child in _children(node)]
-    return bool(level)
+        if not level:
+            return False
+    return True
 
 
 def _children(node: Any) -> Any:

@@ -146,7 +146,7 @@ class JaxAdapter:
             raise MismatchError("JAX would truncate a stored array. Set jax_enable_x64 to load it:", [problem])
         impl = kind.removeprefix("jax.key:") if kind.startswith("jax.key:") else None
         try:
-            return arrays.placed(stored.numpy(), None, impl=impl, weak=kind == "jax.weak")
+            return arrays.placed(stored.numpy(), impl=impl, weak=kind == "jax.weak")
         except (TypeError, ValueError) as error:
             raise UnsupportedError(f"{stored.name}: JAX cannot make a {kind} of {stored}: {error}") from error
 
@@ -180,7 +180,7 @@ def _is_parameter(entry: trees.Entry) -> bool:
     if entry.variable is not None:
         return issubclass(entry.variable, trees.nnx().Param)
     dtype = getattr(entry.value, "dtype", None)
-    return dtype is not None and jax.numpy.issubdtype(dtype, np.inexact)
+    return dtype is not None and arrays.is_inexact(dtype)
 
 
 def _has_structure(value: Any) -> bool:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import functools
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import msgspec
 import numpy as np
 
 from polyckpt.checkpoint import StoredTensor
@@ -20,16 +21,36 @@ PYTHON = (bool, int, float, complex, str, bytes)
 
 _ZEROS: dict[str, Any] = {"f": 0.0, "i": 0, "c": 0j}
 _NUMBERS: dict[type, Any] = {bool: np.bool_, int: np.integer, float: np.floating, complex: np.complexfloating}
+_OF_JAX: tuple[Any, ...] = (jax.Array, jax.ShapeDtypeStruct)
+_OF_NUMPY = (np.ndarray, np.generic)
+_ARRAYS = (*_OF_JAX, *_OF_NUMPY)
+
+
+@functools.cache
+def is_inexact(dtype: Any) -> bool:
+    """Whether a type is one of real or complex numbers."""
+    return bool(jnp.issubdtype(dtype, np.inexact))
+
+
+@functools.cache
+def _is_of_keys(dtype: Any) -> bool:
+    return bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))
+
+
+@functools.cache
+def _name_of(dtype: Any) -> str:
+    name: str = dtype.name
+    return name
 
 
 def is_key(value: Any) -> bool:
     """Whether an array, or a ShapeDtypeStruct, is one of typed PRNG keys."""
-    return bool(jnp.issubdtype(value.dtype, jax.dtypes.prng_key))
+    return _is_of_keys(value.dtype)
 
 
 def is_array(value: Any) -> bool:
     """Whether a leaf is an array or stands for one."""
-    return isinstance(value, jax.Array | jax.ShapeDtypeStruct | np.ndarray | np.generic)
+    return isinstance(value, _ARRAYS)
 
 
 def is_static(value: Any) -> bool:
@@ -60,28 +81,25 @@ def leaf(value: Any, name: str) -> Leaf:
 
     A template (a ShapeDtypeStruct, an array that was donated) has a leaf too, since it can be described: reading raises.
     """
-    if not isinstance(value, jax.Array | jax.ShapeDtypeStruct):
+    if not isinstance(value, _OF_JAX):
         try:
             return array_leaf(np.asarray(value), "numpy.scalar" if isinstance(value, np.generic) else "numpy")
         except UnsupportedError as error:
             raise UnsupportedError(f"{name}: {error}") from error
-    if isinstance(value, jax.Array):
+    template = isinstance(value, jax.ShapeDtypeStruct)
+    if not template:
         check_concrete(value, name)
-    data: Any = value
-    if is_key(value):
-        data, kind = jax.eval_shape(_data, value), f"jax.key:{impl_name(value)}"
+    keys = is_key(value)
+    if keys:
+        kind = f"jax.key:{impl_name(value)}"
     else:
-        kind = "jax.weak" if isinstance(value, jax.Array) and is_weak(value) else "jax"
-    dtype = data.dtype.name
+        kind = "jax.weak" if not template and is_weak(value) else "jax"
     if (missing := _missing(value)) is not None:
+        data = jax.eval_shape(jax.random.key_data, value) if keys else value
         # Not frozen: a save reads what may change at once, also where it writes in the background.
-        return Leaf(dtype, data.shape, lambda: _refuse(f"{name}: {missing}"), identity=id(value), kind=kind)
-    return Leaf(dtype, data.shape, lambda: _host(_data(value)), identity=id(value), kind=kind, frozen=True, live=_data(value))
-
-
-def _data(array: Any) -> Any:
-    """What an array is on the host: of keys, their words."""
-    return jax.random.key_data(array) if is_key(array) else array
+        return Leaf(_name_of(data.dtype), data.shape, lambda: _refuse(f"{name}: {missing}"), identity=id(value), kind=kind)
+    data = jax.random.key_data(value) if keys else value
+    return Leaf(_name_of(data.dtype), data.shape, lambda: _host(data), identity=id(value), kind=kind, frozen=True, live=data)
 
 
 def _missing(value: jax.Array | jax.ShapeDtypeStruct) -> str | None:
@@ -113,6 +131,10 @@ def check_concrete(value: Any, name: str) -> None:
 
 
 def _host(array: jax.Array) -> np.ndarray:
+    try:
+        return np.ascontiguousarray(memoryview(array))  # on a CPU, without a copy
+    except BufferError:
+        pass
     # np.asarray(array) would keep its copy on the host as long as the array lives; that of a shard goes with the shard.
     if array.is_fully_replicated:
         return np.ascontiguousarray(array.addressable_data(0))
@@ -127,16 +149,11 @@ def show(value: Any) -> str:
     """A live leaf for people."""
     if not is_array(value):
         return f"{value!r:.60} (Python {type(value).__name__})"
-    name = (
-        f"key<{impl_name(value)}>"
-        if isinstance(value, jax.Array | jax.ShapeDtypeStruct) and is_key(value)
-        else value.dtype.name
-    )
+    name = f"key<{impl_name(value)}>" if isinstance(value, _OF_JAX) and is_key(value) else value.dtype.name
     return f"{name}{list(value.shape)}"
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(msgspec.Struct, frozen=True):
     """One stored leaf: a `tensor`, or a Python `value`. impl: of typed keys; weak: whether its type is."""
 
     tensor: StoredTensor | None = None
@@ -157,16 +174,17 @@ def mismatch(live: Any, stored: Stored, section: str, name: str) -> Problem | No
         return Problem(kind, section, name, stored=str(stored), live=show(live) + note)
 
     check_concrete(live, name)
-    if stored.tensor is not None and not isinstance(live, np.ndarray | np.generic) and narrows(stored.tensor):
+    if stored.tensor is not None and not isinstance(live, _OF_NUMPY) and narrows(stored.tensor):
         return problem("dtype", " (jax_enable_x64 is off: JAX would truncate what is stored)")
     if stored.tensor is None or not is_array(live):
         return None if _same_number(live, stored) else problem("dtype")
-    if (impl_name(live) if is_key(live) else None) != stored.impl:
+    keys = is_key(live)
+    if (impl_name(live) if keys else None) != stored.impl:
         return problem("dtype")
-    expected = jax.eval_shape(jax.random.key_data, live) if is_key(live) else live
+    expected = jax.eval_shape(jax.random.key_data, live) if keys else live
     if stored.tensor.shape != expected.shape:
         return problem("shape")
-    return problem("dtype") if stored.tensor.dtype != expected.dtype.name else None
+    return problem("dtype") if stored.tensor.dtype != _name_of(expected.dtype) else None
 
 
 def _same_number(live: Any, stored: Stored) -> bool:
@@ -193,38 +211,74 @@ def _numpy_dtype(tensor: StoredTensor) -> np.dtype:
     return lookup(tensor.dtype, tensor.name).numpy
 
 
-def make(live: Any, stored: Stored) -> Any:
-    """The new leaf for the place of `live`: on its devices, of its framework, sharing no memory with the file."""
-    if stored.tensor is None:
-        return stored.value
-    if isinstance(live, np.ndarray):
-        return stored.tensor.numpy().copy()
-    if isinstance(live, np.generic):
-        return stored.tensor.numpy().copy()[()]
-    return placed(stored.tensor.strided(), sharding(live), impl=stored.impl, weak=stored.weak)
+_BATCH_BYTES = 1 << 20
+"""Arrays are placed together until they have so many bytes: only those are in memory twice, and calls cost little beside."""
+
+
+def make(wanted: Iterable[tuple[Any, Stored]]) -> list[Any]:
+    """The new leaf for the place of each live one: on its devices, of its framework, sharing no memory with the file.
+
+    One stored tensor comes back as one array for all its places that are alike.
+    """
+    keys: list[Any] = []
+    made: dict[Any, Any] = {}
+    batch: dict[Any, jax.sharding.Sharding | None] = {}
+    size_bytes = 0
+    for live, stored in wanted:
+        of_numpy = isinstance(live, _OF_NUMPY)
+        where: Any = type(live) if of_numpy else sharding(live)
+        key = len(keys) if stored.tensor is None else (id(stored.tensor), stored.impl, where)
+        keys.append(key)
+        if stored.tensor is None:
+            made[key] = stored.value
+        elif key in made:
+            continue
+        elif of_numpy:
+            array = stored.tensor.numpy().copy()
+            made[key] = array if isinstance(live, np.ndarray) else array[()]
+        else:
+            made[key], batch[key] = _own(stored.tensor.strided(), impl=stored.impl, weak=stored.weak), where
+            size_bytes += made[key].nbytes
+        if size_bytes >= _BATCH_BYTES:
+            _place(made, batch)
+            size_bytes = 0
+    _place(made, batch)
+    return [made[key] for key in keys]
+
+
+def _place(made: dict[Any, Any], batch: dict[Any, jax.sharding.Sharding | None]) -> None:
+    """Put those of `made` that are in `batch` on their devices, at once: of a call for each, half would be overhead."""
+    if batch:
+        placed = jax.device_put([made[key] for key in batch], list(batch.values()))
+        made.update(zip(batch, placed, strict=True))
+        batch.clear()
 
 
 def sharding(live: Any) -> jax.sharding.Sharding | None:
     """Where the new array for the place of `live` belongs; None leaves JAX free to move it, as it was."""
-    fixed = isinstance(live, jax.ShapeDtypeStruct) or (isinstance(live, jax.Array) and live.committed)
+    fixed = live.committed if isinstance(live, jax.Array) else isinstance(live, jax.ShapeDtypeStruct)
     where: jax.sharding.Sharding | None = live.sharding if fixed else None
     return where
 
 
-def placed(host: np.ndarray, where: jax.sharding.Sharding | None, *, impl: str | None = None, weak: bool = False) -> jax.Array:
-    """A JAX array of its own with the bits of `host`."""
+def placed(host: np.ndarray, *, impl: str | None = None, weak: bool = False) -> jax.Array:
+    """A JAX array of its own with the bits of `host`, which JAX is free to move."""
+    result: jax.Array = jax.device_put(_own(host, impl=impl, weak=weak))
+    return result
+
+
+def _own(host: np.ndarray, *, impl: str | None, weak: bool) -> Any:
+    """What can be put on a device as an array of its own with the bits of `host`."""
     # On a CPU device_put may alias what it is given, in spite of may_alias=False: let that be a copy nobody else has. What lies
     # in another order of memory it must copy itself, and does so faster than NumPy.
     if host.base is not None and host.flags.c_contiguous:
         host = host.copy()
-    array: Any = host
     if impl is not None:
-        array = jax.random.wrap_key_data(jnp.asarray(host), impl=impl)
-    elif weak and _weak_dtype(host.dtype) == host.dtype:
+        return jax.random.wrap_key_data(jnp.asarray(host), impl=impl)
+    if weak and _weak_dtype(host.dtype) == host.dtype:
         # The one public operation that gives all bits of an array to a weakly typed one of any shape.
-        array = jnp.full(host.shape, _ZEROS[host.dtype.kind]).at[...].set(host)
-    result: jax.Array = jax.device_put(array, where)
-    return result
+        return jnp.full(host.shape, _ZEROS[host.dtype.kind]).at[...].set(host)
+    return host
 
 
 NOTHING_BESIDE: Mapping[str, Any] = {"values": {}, "weak": [], "keys": {}}

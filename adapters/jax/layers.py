@@ -9,6 +9,7 @@ import jax
 
 from polyckpt import names
 from polyckpt.adapters.jax import conventions, rows, trees
+from polyckpt.adapters.jax.arrays import is_array
 from polyckpt.adapters.jax.conventions import Found, Node
 from polyckpt.layers import CUSTOM, axes
 from polyckpt.leaves import Leaf
@@ -38,15 +39,17 @@ _LAST: list[tuple[Any, tuple[list[Layer], Order]]] = []
 
 def _structure(tree: Any, weights: Mapping[str, Leaf]) -> Any:
     """All of a pytree on which its description depends; None where that cannot be compared, or objects of nnx are in it."""
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=lambda value: trees.is_variable(value) or trees.is_graph(value))
-    if any(trees.is_graph(leaf) or trees.is_variable(leaf) for leaf in leaves):
+    is_opaque = trees.opaque()
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_opaque)
+    if is_opaque and any(map(is_opaque, leaves)):
         return None
-    told = tuple((leaf.shape, leaf.dtype) if hasattr(leaf, "shape") else (type(leaf), leaf) for leaf in leaves)
+    tensors = tuple([(name, leaf.shape, leaf.dtype) for name, leaf in weights.items()])
+    others = tuple([(type(leaf), leaf) for leaf in leaves if not is_array(leaf)])
     try:
-        hash((treedef, told))
+        hash((treedef, others))
     except (TypeError, ValueError):
         return None
-    return treedef, told, tuple(weights)
+    return treedef, others, tensors
 
 
 def nodes(tree: Any) -> dict[str, tuple[Any, Layer]]:

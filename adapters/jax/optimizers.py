@@ -416,7 +416,7 @@ def _inside(live: Any, prefix: str | None) -> Any:
 
 
 def _is_inexact(leaf: Any) -> bool:
-    return arrays.is_array(leaf) and bool(jax.numpy.issubdtype(leaf.dtype, np.inexact))
+    return arrays.is_array(leaf) and arrays.is_inexact(leaf.dtype)
 
 
 def _opened(optimizer: Any) -> tuple[Any, dict[str, Entry], dict[str, Entry]]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import numpy as np
+import msgspec
 
 from polyckpt import names
 from polyckpt.adapter import Restore
@@ -23,8 +23,7 @@ from polyckpt.leaves import Leaf
 from polyckpt.residue import MAX_DEPTH, TensorRef
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True):
     """One leaf: `path` in segments, `name` as they are joined, and the class of the nnx Variable that holds it, if any."""
 
     path: tuple[Any, ...]
@@ -36,6 +35,14 @@ class Entry:
 def nnx() -> Any:
     """The module flax.nnx where the program uses it."""
     return sys.modules.get("flax.nnx")
+
+
+def opaque() -> Callable[[Any], bool] | None:
+    """What tells Variables and nnx objects, which are leaves here; None where the program has none."""
+    if (module := nnx()) is None:
+        return None
+    classes = (module.Variable, module.Pytree)
+    return lambda value: isinstance(value, classes)
 
 
 def is_variable(value: Any) -> bool:
@@ -61,7 +68,7 @@ def is_random(entry: Entry) -> bool:
 
 def graphs(tree: Any) -> list[Any]:
     """The nnx objects in a tree, without those that they hold."""
-    return [leaf for _, leaf in _flatten(tree, "model")[0] if is_graph(leaf)]
+    return [leaf for leaf in jax.tree.leaves(tree, is_leaf=opaque()) if is_graph(leaf)] if nnx() else []
 
 
 def is_node(value: Any) -> bool:
@@ -75,12 +82,18 @@ def children(node: Any) -> list[tuple[Any, Any]]:
     return [(segment(keys[0]), child) for keys, child in pairs if keys]
 
 
+_CONTAINERS = (dict, list, tuple, Mapping)
+
+
 def check_depth(tree: Any, where: str, depth: int = 0) -> None:
     """Raises UnsupportedError for what contains itself: JAX would not only fail, but break Python's recursion limit."""
-    if depth > MAX_DEPTH:
+    if not isinstance(tree, _CONTAINERS):
+        return
+    below = tree.values() if isinstance(tree, Mapping) else tree
+    if below and depth == MAX_DEPTH:
         raise UnsupportedError(f"{where}: nested deeper than {MAX_DEPTH} levels, or contains itself")
-    if isinstance(tree, Mapping | list | tuple):
-        for child in tree.values() if isinstance(tree, Mapping) else tree:
+    for child in below:
+        if not arrays.is_array(child):
             check_depth(child, where, depth + 1)
 
 
@@ -89,9 +102,9 @@ def entries(tree: Any, where: str) -> dict[str, Entry]:
     check_depth(tree, where)
     found: dict[str, Entry] = {}
     for path, value, variable in _walk(tree, (), None, where):
-        name = names.join(path)
         if arrays.is_static(value):
             continue
+        name = names.join(path)
         if not arrays.is_array(value) and type(value) not in arrays.PYTHON:
             kind = f"{type(value).__module__}.{type(value).__qualname__}"
             raise UnsupportedError(
@@ -106,8 +119,7 @@ def entries(tree: Any, where: str) -> dict[str, Entry]:
 
 def variable_paths(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     """Every nnx Variable with its path; a shared one has one path."""
-    for keys, leaf in _flatten(tree, "model")[0]:
-        at = (*path, *map(segment, keys))
+    for at, leaf in _flatten(tree, "model", path)[0]:
         if is_variable(leaf):
             yield leaf, at
         elif is_graph(leaf):
@@ -116,8 +128,14 @@ def variable_paths(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any,
 
 def rebuild(tree: Any, values: Mapping[str, Any], path: tuple[Any, ...] = ()) -> Any:
     """The tree with `values` by name in the places of its leaves. nnx objects are updated in place, all else is new."""
-    leaves, treedef = _flatten(tree, "model")
-    return treedef.unflatten([_rebuilt(leaf, values, (*path, *map(segment, keys))) for keys, leaf in leaves])
+    leaves, treedef = _flatten(tree, "model", path)
+    is_opaque = opaque()
+    return treedef.unflatten(
+        [
+            _updated(leaf, values, at) if is_opaque and is_opaque(leaf) else values.get(names.join(at), leaf)
+            for at, leaf in leaves
+        ]
+    )
 
 
 def capture(found: Mapping[str, Entry], where: str) -> tuple[dict[str, Leaf], dict[str, Any]]:
@@ -178,15 +196,8 @@ def restore(tree: Any, comparisons: Sequence[Comparison]) -> Restore:
     fitting = [each for comparison in comparisons for each in comparison.fitting]
 
     def apply() -> Any:
-        # One stored tensor of several names comes back as one array.
-        made: dict[Any, Any] = {}
-        values = {}
-        for name, live, stored in fitting:
-            key = name if stored.tensor is None else (id(stored.tensor), stored.impl, *_place(live))
-            if key not in made:
-                made[key] = arrays.make(live, stored)
-            values[name] = made[key]
-        return rebuild(tree, values)
+        made = arrays.make([(live, stored) for _, live, stored in fitting])
+        return rebuild(tree, {name: value for (name, _, _), value in zip(fitting, made, strict=True)})
 
     undo: Callable[[], Any] | None = None
     if found := graphs(tree):
@@ -213,41 +224,35 @@ def _check_fillable(graphs: Sequence[Any]) -> None:
             )
 
 
-def _place(live: Any) -> tuple[Any, ...]:
-    if isinstance(live, np.ndarray | np.generic):
-        return (type(live),)
-    return (jax.Array, arrays.sharding(live))
-
-
 def _walk(
     tree: Any, path: tuple[Any, ...], variable: type | None, where: str
 ) -> Iterator[tuple[tuple[Any, ...], Any, type | None]]:
-    for keys, leaf in _flatten(tree, where)[0]:
-        at = (*path, *map(segment, keys))
-        if is_variable(leaf):
-            yield from _walk(leaf.get_value(), at, type(leaf), where)
-        elif is_graph(leaf):
-            yield from _walk(nnx().state(leaf), at, None, where)
-        else:
+    is_opaque = opaque()
+    for at, leaf in _flatten(tree, where, path)[0]:
+        if is_opaque is None or not is_opaque(leaf):
             yield at, leaf, variable
+        elif is_variable(leaf):
+            yield from _walk(leaf.get_value(), at, type(leaf), where)
+        else:
+            yield from _walk(nnx().state(leaf), at, None, where)
 
 
-def _rebuilt(leaf: Any, values: Mapping[str, Any], path: tuple[Any, ...]) -> Any:
+def _updated(leaf: Any, values: Mapping[str, Any], path: tuple[Any, ...]) -> Any:
     if is_variable(leaf):
         return leaf.replace(rebuild(leaf.get_value(), values, path))
-    if is_graph(leaf):
-        nnx().update(leaf, rebuild(nnx().state(leaf), values, path))
-        return leaf
-    return values.get(names.join(path), leaf)
+    nnx().update(leaf, rebuild(nnx().state(leaf), values, path))
+    return leaf
 
 
-def _flatten(tree: Any, where: str) -> tuple[list[tuple[tuple[Any, ...], Any]], Any]:
+def _flatten(tree: Any, where: str, path: tuple[Any, ...]) -> tuple[list[tuple[tuple[Any, ...], Any]], Any]:
+    """The leaves with their paths, which begin with `path`, and the structure."""
     try:
-        return jax.tree_util.tree_flatten_with_path(tree, is_leaf=lambda value: is_variable(value) or is_graph(value))
+        leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=opaque())
     except ValueError as error:
         raise UnsupportedError(
             f"{where}: JAX cannot flatten it: {error} The keys of one dict must be of one type that can be sorted"
         ) from error
+    return [((*path, *map(segment, keys)), leaf) for keys, leaf in leaves], treedef
 
 
 def segment(key: Any) -> Any:

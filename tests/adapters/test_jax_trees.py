@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +77,18 @@ def test_any_pytree_can_be_the_model(tmp_path: Path, tree: Any) -> None:
     check_description(polyckpt.inspect(tmp_path / "c"))
 
 
+def test_trees_alike_in_their_keys_alone_are_each_described_by_what_they_hold(tmp_path: Path) -> None:
+    for step, (label, shape, kind) in enumerate(
+        [("a", (3, 5), "linear"), ("a", (2, 3, 5), "conv"), ("b", (2, 3, 5), "conv"), ("b", (3, 5), "linear")]
+    ):
+        tree = {"layer": Registered({"kernel": jnp.ones(shape), "bias": jnp.ones(5)}, label)}
+        checkpoint = polyckpt.inspect(polyckpt.save(tmp_path / str(step), tree))
+        assert [layer.kind for layer in checkpoint.manifest.model.layers] == [kind]
+    layers = [{"kernel": jnp.ones((3, 5))}, {"kernel": jnp.ones((5, 2))}]
+    for name, tree, order in (("dict", dict(zip("01", layers, strict=True)), "name"), ("list", layers, "definition")):
+        assert polyckpt.inspect(polyckpt.save(tmp_path / name, tree)).manifest.model.order == order
+
+
 def test_only_pytrees_are_recognised() -> None:
     adapter = registry.named("jax")
     assert adapter.recognises(Struct(jnp.ones(2), "x")) and adapter.recognises(Registered(1, 2))
@@ -143,6 +156,8 @@ def test_one_array_under_two_names_is_stored_once_and_comes_back_as_one(tmp_path
     restored = polyckpt.load(path, jax.eval_shape(lambda: {"embed": table, "head": table, "other": table})).model
     assert restored["embed"] is restored["head"] and restored["other"] is not restored["embed"]
     same(restored, {"embed": table, "head": table, "other": table})
+    apart = polyckpt.load(path, {"embed": np.zeros(6, np.float32), "head": jnp.zeros(6), "other": jnp.zeros(6)}).model
+    same(apart, {"embed": np.asarray(table), "head": table, "other": table})
 
 
 def test_restored_arrays_share_no_memory_with_the_file(tmp_path: Path) -> None:
@@ -154,6 +169,25 @@ def test_restored_arrays_share_no_memory_with_the_file(tmp_path: Path) -> None:
             handle.write(bytes(file.stat().st_size))
     for name, array in trees.items():
         assert np.array_equal(restored[name], array), name
+
+
+def test_small_arrays_are_placed_together_and_a_large_model_is_not_held_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shapes = [(3, 5)] * 20 + [(257, 129)] * 20 + [(1031, 513), (5, 3)] * 2
+    generator = np.random.default_rng(0)
+    tree = {f"{index:02}": jnp.asarray(generator.standard_normal(shape, np.float32)) for index, shape in enumerate(shapes)}
+    path = polyckpt.save(tmp_path / "c", tree)
+    place, placed = jax.device_put, []
+
+    def watched(hosts: list[np.ndarray], *places: Any) -> Any:
+        placed.append([host.nbytes for host in hosts])
+        return place(hosts, *places)
+
+    monkeypatch.setattr(jax, "device_put", watched)
+    same(polyckpt.load(path, jax.tree.map(jnp.zeros_like, tree)).model, tree)
+    assert sum(map(len, placed)) == len(tree) > 4 * len(placed)
+    assert max(sum(sizes[:-1]) for sizes in placed) < 1 << 20, "more than a megabyte beside the largest array"
 
 
 # Names
@@ -246,7 +280,7 @@ def test_a_checkpoint_of_another_framework_is_converted_but_not_rounded(tmp_path
 def _rewrite(path: Path, native: dict[str, Any]) -> None:
     """The manifest with other native residue, its checksum included."""
     changed = msgspec.structs.replace(polyckpt.inspect(path).manifest, native=native)
-    (path / manifest.FILE_NAME).write_bytes(manifest.encode(changed))
+    (path / "manifest.json").write_bytes(manifest.encode(changed))
 
 
 @pytest.mark.parametrize(
@@ -281,6 +315,16 @@ def test_a_key_of_an_unknown_generator_in_an_extra_is_named(tmp_path: Path) -> N
     _rewrite(path, native)
     with pytest.raises(UnsupportedError, match="unheard_of"):
         polyckpt.load(path, {"w": jnp.ones(2)})
+
+
+@pytest.mark.parametrize("wrap", [lambda tree: {"k": tree}, lambda tree: [tree], lambda tree: Pair(tree, None)])
+def test_a_hundred_levels_are_stored_and_one_more_is_refused(tmp_path: Path, wrap: Callable[[Any], Any]) -> None:
+    tree: Any = jnp.arange(3.0)
+    for _ in range(100):
+        tree = wrap(tree)
+    same(round_trip(tmp_path, tree, jax.eval_shape(lambda: tree)), tree)
+    with pytest.raises(UnsupportedError, match="nested deeper than 100 levels"):
+        polyckpt.save(tmp_path / "deeper", wrap(tree))
 
 
 def test_a_tree_that_contains_itself_is_refused(tmp_path: Path) -> None:
