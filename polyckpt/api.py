@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from polyckpt import collecting, conversion, objects, parity, plans, registry, residue, schema, snapshot
 from polyckpt.adapter import NO_OPTIMIZER, Adapter, Parts, Restore, StoredModel, StoredOptimizer
-from polyckpt.checkpoint import Checkpoint, verify_all
+from polyckpt.checkpoint import Checkpoint, check_all
 from polyckpt.conversion import Report
 from polyckpt.errors import CorruptError, MismatchError, Problem, UnsupportedError
 from polyckpt.formats import opened, table, writing
@@ -207,8 +207,7 @@ def load(
             "objects it was saved from, or pass strict=False to load what fits:",
             problems,
         )
-    if verify:
-        verify_all(tensor for restore in prepared.values() for tensor in restore.tensors)
+    check_all((tensor for restore in prepared.values() for tensor in restore.tensors), verify=verify)
     results = _apply(prepared)
 
     return _restored(checkpoint, parts, results["model"], results.get("optimizer"), results, problems)
@@ -384,8 +383,7 @@ def _convert(
             for name, entry in (native.get("extra") or {}).items()
             if entry["kind"] == objects.VALUE
         }
-        if options.verify:
-            verify_all(tensor for restore in values.values() for tensor in restore.tensors)
+        check_all((tensor for restore in values.values() for tensor in restore.tensors), verify=options.verify)
         results = _apply(values)
     probe = _probe(checkpoint, native)
     followed = dataclasses.replace(options, schedule=schedule)

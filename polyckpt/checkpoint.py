@@ -220,10 +220,6 @@ class Checkpoint:
         self.manifest: Manifest = decoded.manifest
         self.unknown: dict[str, Any] = decoded.unknown
         self._files.open(self.manifest.files, self.manifest.arrays)
-        if not self.verifies:  # nothing else will find what contradicts itself before it is read
-            for section in (self.weights, self.optimizer, self.state):
-                for tensor in section.stored.values():
-                    tensor.locate()
 
     @cached_property
     def weights(self) -> Section:
@@ -256,6 +252,15 @@ class Checkpoint:
             f"<Checkpoint {str(self.path)!r} by {producer.adapter}, epoch {progress.epoch}, step {progress.step}, "
             f"{len(self.weights)} weights>"
         )
+
+
+def check_all(tensors: Iterable[StoredTensor], *, verify: bool) -> None:
+    """Find all that could keep tensors from being read, before anything is written. verify: changed bytes too."""
+    if verify:
+        verify_all(tensors)
+    else:
+        for tensor in tensors:
+            tensor.locate()
 
 
 def verify_all(tensors: Iterable[StoredTensor], done: Callable[[StoredTensor], None] | None = None) -> None:

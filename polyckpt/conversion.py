@@ -17,7 +17,7 @@ import numpy as np
 
 from polyckpt import continuation, formulas, parity, plans
 from polyckpt.adapter import Adapter, ModelCapture, Restore, Schedule, StoredModel
-from polyckpt.checkpoint import Checkpoint, StoredTensor, verify_all
+from polyckpt.checkpoint import Checkpoint, StoredTensor, check_all
 from polyckpt.continuation import Continued, GroupReport, Wishes
 from polyckpt.converted import Converted, Held
 from polyckpt.dtypes import widens
@@ -144,8 +144,7 @@ class Conversion:
                 raise MismatchError(
                     f"{self.checkpoint.path} does not fit the optimizer (nothing was loaded):", continued.problems
                 )
-            if self.options.verify:
-                verify_all(continued.restore.tensors)
+            check_all(continued.restore.tensors, verify=self.options.verify)
             optimizer = _applied_or_undone(continued.restore)
         return model, optimizer, self._report(comparison, continued), problems
 
@@ -252,8 +251,7 @@ class Conversion:
 
     def _applied(self, plan: Plan) -> Any:
         prepared = self._prepared(plan)
-        if self.options.verify:
-            verify_all(prepared.tensors)
+        check_all(prepared.tensors, verify=self.options.verify)
         return prepared.apply()
 
     def _proven(self) -> tuple[Any, Comparison]:

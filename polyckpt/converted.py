@@ -33,9 +33,16 @@ class Converted(StoredTensor):
     def checksums(self) -> tuple[str, ...]:
         return (checksum(self.raw().data),)
 
+    def locate(self) -> None:
+        for source in self._sources():
+            source.locate()
+
     def verify(self) -> None:
-        for name in {piece.tensor for move in self._moves for piece in move.sources}:
-            self._stored[name].verify()
+        for source in self._sources():
+            source.verify()
+
+    def _sources(self) -> list[StoredTensor]:
+        return [self._stored[name] for name in {piece.tensor for move in self._moves for piece in move.sources}]
 
     def raw(self) -> np.ndarray:
         return self.numpy().reshape(-1).view(np.uint8)
@@ -88,6 +95,9 @@ class Held(StoredTensor):
     def checksums(self) -> tuple[str, ...]:
         return (checksum(self._bytes.data),)
 
+    def locate(self) -> None:
+        return
+
     def verify(self) -> None:
         return
 
@@ -107,6 +117,10 @@ class Made(StoredTensor):
     @property
     def checksums(self) -> tuple[str, ...]:
         return (checksum(self.raw().data),)
+
+    def locate(self) -> None:
+        for source in self._sources:
+            source.locate()
 
     def verify(self) -> None:
         for source in self._sources:

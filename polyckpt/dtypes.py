@@ -120,7 +120,7 @@ def size_bytes(shape: tuple[int, ...], itemsize: int) -> int:
     """
     if problem := size_problem(shape, itemsize):
         raise ValueError(problem)
-    return math.prod(shape) * itemsize
+    return int(math.prod(shape)) * itemsize  # what is kept is found for equal numbers of any type
 
 
 def lookup(name: str, where: str) -> Dtype:

@@ -12,7 +12,7 @@ import numpy as np
 from polyckpt.errors import UnsupportedError
 
 
-class Leaf(msgspec.Struct, frozen=True, gc=False):
+class Leaf(msgspec.Struct, frozen=True):
     """A tensor that a save will write.
 
     dtype: a name of polyckpt.dtypes. shape: in elements. read: returns the C-contiguous bytes on the host, as an array of

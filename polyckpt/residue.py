@@ -256,11 +256,11 @@ _CONTAINERS = (list, tuple, Mapping)
 
 def walk(tree: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[tuple[Any, ...], Any]]:
     """Every leaf of nested dicts, lists and tuples with its path."""
-    if len(path) > MAX_DEPTH:
-        raise UnsupportedError(f"{show(path[:6])}...: nested deeper than {MAX_DEPTH} levels, or contains itself")
     if not isinstance(tree, _CONTAINERS):
         yield path, tree
         return
+    if tree and len(path) == MAX_DEPTH:
+        raise UnsupportedError(f"{show(path[:6])}...: nested deeper than {MAX_DEPTH} levels, or contains itself")
     for key, child in tree.items() if isinstance(tree, Mapping) else enumerate(tree):
         if isinstance(child, _CONTAINERS):
             yield from walk(child, (*path, key))

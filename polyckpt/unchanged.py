@@ -14,6 +14,7 @@ from msgspec.structs import replace
 
 from polyckpt import schema
 from polyckpt.checkpoint import Checkpoint, StoredTensor
+from polyckpt.errors import CorruptError
 from polyckpt.leaves import Leaf
 from polyckpt.parallel import in_threads
 from polyckpt.storage import local
@@ -74,8 +75,15 @@ def link(before: Checkpoint, sections: Mapping[str, Mapping[str, Leaf]], directo
 
 
 def _may_be(leaf: Leaf, stored: StoredTensor, manifest: schema.Manifest) -> bool:
-    whole = len(stored.chunks) == 1 and stored.chunks[0].file in manifest.files
-    return whole and (leaf.dtype, leaf.shape) == (stored.dtype, stored.shape)
+    if len(stored.chunks) != 1 or stored.chunks[0].file not in manifest.files:
+        return False
+    if (leaf.dtype, leaf.shape) != (stored.dtype, stored.shape):
+        return False
+    try:
+        stored.locate()
+    except CorruptError:
+        return False
+    return True
 
 
 def _equal(one: np.ndarray, other: np.ndarray) -> bool:

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import polyckpt
+from polyckpt.checkpoint import _Files
 from polyckpt.errors import CheckpointError, CorruptError, MismatchError, PolyckptError, StorageError, UnsupportedError
 from tests.sealing import edit, members, restate, save_small, seal, write_arrays
 
@@ -341,3 +342,21 @@ def test_unreadable_is_not_corrupt(tmp_path: Path) -> None:
     (path / "optimizer.safetensors").symlink_to("optimizer.safetensors")
     with pytest.raises(StorageError, match=r"optimizer\.safetensors"):
         polyckpt.inspect(path)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_what_is_replaced_while_it_is_opened_is_the_new_one_as_a_whole(
+    verify: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = polyckpt.save(tmp_path / "c", {"w": np.zeros((2, 3))}, step=1)
+    opening, later = _Files.open, [{"w": np.ones((4, 5)), "v": np.ones(2)}]
+
+    def opened(files: _Files, *stated: Any) -> None:
+        opening(files, *stated)
+        if later:
+            polyckpt.save(path, later.pop(), step=2, overwrite=True)
+
+    monkeypatch.setattr(_Files, "open", opened)
+    found = polyckpt.inspect(path, verify=verify)
+    assert found.manifest.progress.step == 2
+    assert {name: array.sum() for name, array in found.weights.items()} == {"w": 20, "v": 2}

@@ -166,3 +166,14 @@ def test_what_is_no_residue_is_corrupt(data: Any) -> None:
     decoders = residue.Decoders(tensor=lambda name, kind: known[name], constant=lambda value, kind: value)
     with pytest.raises(CorruptError, match="native residue holds"):
         residue.decode([data], decoders)
+
+
+@pytest.mark.parametrize("wrap", [lambda value: [value], lambda value: {"k": value}, lambda value: (value,)])
+def test_a_hundred_levels_are_walked_and_one_more_is_refused(wrap: Any) -> None:
+    tree: Any = 1
+    for _ in range(residue.MAX_DEPTH):
+        tree = wrap(tree)
+    ((path, leaf),) = residue.walk(tree)
+    assert (len(path), leaf) == (residue.MAX_DEPTH, 1)
+    with pytest.raises(UnsupportedError, match="nested deeper than 100 levels"):
+        list(residue.walk(wrap(tree)))

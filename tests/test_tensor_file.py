@@ -1,11 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import errno
 import json
 import os
 import struct
 import tempfile
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import ml_dtypes
@@ -180,6 +182,7 @@ HEADERS: list[Any] = [
     {"a": entry(shape=[3], end=3)},
     {"a": entry(), "b": entry(start=2**63, end=2**63 + 4)},
     {"a": entry(start=2**64, end=2**64 + 4)},
+    {"a": entry(start=10**4299 - 25, end=10**4299 - 21)},  # with the header's length one digit more than Python prints
 ]
 
 
@@ -271,6 +274,16 @@ def test_header_that_contradicts_the_manifest_is_refused(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("verify", [True, False])
+def test_what_is_not_loaded_need_not_be_right(verify: bool, tmp_path: Path) -> None:
+    path = save_small(tmp_path / "c")
+    edit(path, lambda raw: raw["tensors"]["optimizer"]["tree/m"]["chunks"][0].update(key="absent"))
+    model = {"w": np.zeros((3, 2), np.float32), "b": np.zeros(2)}
+    assert polyckpt.load(path, model, False, verify=verify).model["w"].any()
+    with pytest.raises(CorruptError, match="absent: the manifest says"):
+        polyckpt.load(path, model, {"m": np.zeros(3)}, verify=verify)
+
+
+@pytest.mark.parametrize("verify", [True, False])
 def test_nothing_is_loaded_where_a_header_contradicts_the_manifest(verify: bool, tmp_path: Path) -> None:
     def model() -> torch.nn.Module:
         return torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Linear(2, 4))
@@ -300,6 +313,15 @@ def test_nothing_is_written_for_what_has_no_place(tmp_path: Path) -> None:
         with pytest.raises(UnsupportedError, match=said):
             tensor_file.write(tmp_path / "x.safetensors", leaves, {})
         assert not list(tmp_path.iterdir())
+
+
+def test_a_shape_of_other_numbers_changes_no_file_of_others(tmp_path: Path) -> None:
+    for size in (np.int64(7), 7.0):
+        with contextlib.suppress(TypeError, polyckpt.PolyckptError):
+            leaf = Leaf("float32", (size, 3), lambda: np.ones((7, 3), np.float32))
+            tensor_file.write(tmp_path / f"{type(size)}", {"w": leaf}, {})
+        tensor_file.write(tmp_path / f"{size!r}", {"w": array_leaf(np.ones((7, 3), np.float32))}, MappingProxyType({"a": "b"}))
+        assert TensorFileReader(tmp_path, f"{size!r}").raw("w").size == 84
 
 
 @pytest.mark.parametrize("read", [lambda: np.ones(3), lambda: np.ones((2, 2)).T[:1]])

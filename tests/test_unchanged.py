@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import polyckpt
 from polyckpt import CheckpointManager, KeepLast
-from tests.sealing import run_python
+from tests.sealing import edit, run_python
 
 Tree = dict[str, np.ndarray]
 
@@ -121,6 +122,26 @@ def test_a_checkpoint_before_that_cannot_be_opened_is_no_obstacle(tmp_path: Path
         (tmp_path / "run" / "step-00000001" / "weights.safetensors").write_bytes(b"gone")
         ckpts.save(step(tree()), step=2)
     polyckpt.inspect(tmp_path / "run" / "step-00000002").verify()
+
+
+@pytest.mark.parametrize("change", [{"dtype": "float4_new"}, {"chunks": "absent"}])
+def test_one_that_a_reader_refuses_in_part_is_no_obstacle(change: dict[str, str], tmp_path: Path) -> None:
+    def spoil(raw: dict[str, Any]) -> None:
+        tensor = raw["tensors"]["weights"]["adapter"]
+        if "dtype" in change:
+            tensor.update(change)  # of a later version
+        else:
+            tensor["chunks"][0]["key"] = change["chunks"]
+
+    model = tree()
+    with manager(tmp_path) as ckpts:
+        ckpts.save(model, step=1)
+        edit(tmp_path / "run" / "step-00000001", spoil)
+        ckpts.save(model, step=2)
+    polyckpt.inspect(tmp_path / "run" / "step-00000002").verify()
+    assert (tmp_path / "run" / "step-00000002" / "unchanged-1.safetensors").exists()
+    restored = polyckpt.load(tmp_path / "run" / "step-00000002", tree(1)).model
+    assert all(np.array_equal(restored[name], array) for name, array in model.items())
 
 
 def test_without_links_all_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

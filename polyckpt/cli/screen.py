@@ -140,8 +140,9 @@ def _bytes_in(directory: str | Path) -> int:
     total = 0
     with contextlib.suppress(OSError), os.scandir(directory) as entries:
         for entry in entries:
-            if entry.is_dir(follow_symlinks=False):
-                total += _bytes_in(entry.path)
-            elif entry.is_file(follow_symlinks=False):
-                total += entry.stat(follow_symlinks=False).st_size
+            with contextlib.suppress(OSError):  # deleted meanwhile
+                if entry.is_dir(follow_symlinks=False):
+                    total += _bytes_in(entry.path)
+                elif entry.is_file(follow_symlinks=False):
+                    total += entry.stat(follow_symlinks=False).st_size
     return total

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
@@ -48,12 +48,15 @@ _STORED_ITEMSIZE = {
 }
 
 
+_Offset = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
+
+
 class Entry(msgspec.Struct, frozen=True, gc=False):
     """One tensor of a file as its header states it. data_offsets: of its first byte and its end, from the end of the header."""
 
     dtype: str
     shape: tuple[int, ...]
-    data_offsets: tuple[int, int]
+    data_offsets: tuple[_Offset, _Offset]
 
 
 _decode_entry = msgspec.json.Decoder(Entry).decode
@@ -113,7 +116,7 @@ def _header(entries: Mapping[str, Entry], metadata: Mapping[str, str]) -> bytes:
     if _METADATA in entries:
         raise UnsupportedError(f"safetensors reserves the tensor name {_METADATA!r}")
     try:
-        text = msgspec.json.encode({_METADATA: metadata, **entries})
+        text = msgspec.json.encode({_METADATA: dict(metadata), **entries})
     except UnicodeEncodeError as error:
         raise UnsupportedError(f"the tensor name {error.object!r} is not valid Unicode") from error
     text += b" " * (-(8 + len(text)) % ALIGNMENT_BYTES)
@@ -218,13 +221,17 @@ class TensorFileReader:
 
     def raw(self, key: str) -> np.ndarray:
         """The bytes of one tensor, uint8, without a copy."""
+        start, end = self.span(key)
+        return self._bytes[start:end]
+
+    def span(self, key: str) -> tuple[int, int]:
+        """The first byte of one tensor in the file, and its end."""
         start, end = self.entries[key].data_offsets
-        return self._bytes[self._begin + start : self._begin + end]
+        return self._begin + start, self._begin + end
 
     def place(self, key: str) -> str:
         """Where one tensor lies in the file, for people."""
-        start, end = (self._begin + offset for offset in self.entries[key].data_offsets)
-        return f"bytes {start} to {end}"
+        return "bytes {} to {}".format(*self.span(key))
 
     def _read_header(self, descriptor: int, size_bytes: int) -> bytes:
         prefix = local.read_at(descriptor, 8)
@@ -242,24 +249,20 @@ class TensorFileReader:
 
     def _parse(self, header: bytes) -> tuple[dict[str, Entry], dict[str, str]]:
         """Entries and metadata."""
-        text, entries = header[8:].rstrip(b" "), {}
+        text, entries, place = header[8:].rstrip(b" "), {}, ""
         try:
             members = msgspec.json.decode(text, type=dict[str, msgspec.Raw])
-            beside = members.pop(_METADATA, None)
-            stated = msgspec.json.decode(b"{}" if beside is None else beside, type=dict[str, Any])
-        except (ValueError, RecursionError) as error:
-            raise CorruptError(f"{self.path}: its header is not that of a tensor file: {error}") from error
-        try:
-            for key, member in members.items():
-                entries[key] = _decode_entry(member)
-        except ValueError as error:
-            raise CorruptError(f"{self.path}: its header is not that of a tensor file: {key:.200}: {error}") from error
-        # Whoever spells JSON as msgspec does has no name twice where the same bytes come out again; that costs little.
-        if msgspec.json.encode(entries if beside is None else {_METADATA: stated, **entries}) != text:
-            try:
+            beside, place = members.pop(_METADATA, None), _METADATA
+            stated = {} if beside is None else msgspec.json.decode(beside, type=dict[str, Any])
+            for place, member in members.items():
+                entries[place] = _decode_entry(member)
+            place = ""
+            # Whoever spells JSON as msgspec does has no name twice where the same bytes come out again; that costs little.
+            if msgspec.json.encode(entries if beside is None else {_METADATA: stated, **entries}) != text:
                 json.loads(text, object_pairs_hook=_unique)
-            except (ValueError, RecursionError) as error:
-                raise CorruptError(f"{self.path}: its header is not that of a tensor file: {error}") from error
+        except (ValueError, RecursionError) as error:
+            what = f"its header is not that of a tensor file: {place:.200}{': ' if place else ''}{error}"
+            raise CorruptError(f"{self.path}: {what}") from error
         self._check(entries)
         return entries, {key: text for key, text in stated.items() if isinstance(text, str)}
 

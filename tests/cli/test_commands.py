@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import pty
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,7 @@ import pytest
 
 import polyckpt
 from polyckpt import BestBy, CheckpointManager
+from polyckpt.cli import screen
 from tests.sealing import REPOSITORY
 
 COMMAND = Path(sys.executable).parent / "polyckpt"
@@ -326,3 +329,21 @@ def test_the_readme_shows_what_comes(tmp_path: Path) -> None:
         for rows in (cells(run("ls", tmp_path / "small").stdout)[1:], readme("ls runs/small"))
     )
     assert told == shown and len(told) == 5
+
+
+def test_a_file_that_vanishes_while_a_directory_is_measured_costs_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in "abcde":
+        (tmp_path / name).write_bytes(b"x" * 100)
+    listing = os.scandir
+
+    @contextlib.contextmanager
+    def listed(path: Path) -> Iterator[list[os.DirEntry[str]]]:
+        with listing(path) as entries:
+            found = list(entries)
+        Path(found[1].path).unlink()
+        yield found
+
+    monkeypatch.setattr(os, "scandir", listed)
+    assert screen.bytes_of(tmp_path) == 400

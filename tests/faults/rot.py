@@ -48,8 +48,8 @@ class Rotting:
         for section in ("weights", "optimizer", "state"):
             for name, tensor in getattr(checkpoint, section).stored.items():
                 for chunk in tensor._tensor.chunks:
-                    entry = checkpoint._files.reader(chunk.file).entries[chunk.key]
-                    yield chunk.file, entry.start, entry.end, name
+                    start, end = checkpoint._files.reader(chunk.file).span(chunk.key)
+                    yield chunk.file, start, end, name
 
     def flip(self, file: str, bit: int) -> str:
         """What a load says where that bit is another: "refused", or "the same values"."""
