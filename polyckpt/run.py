@@ -140,6 +140,8 @@ def read(files: RunDirectory, history: History, rules: Rules, started: int) -> R
         record = _record(name, head)
         checkpoints.setdefault(record.sequence, record)  # a second one is a copy that somebody made
     newest = max(checkpoints, default=0)
+    if newest > (told.records[-1].sequence if told.records else 0):
+        told = history.read()  # it was written to meanwhile, and had all of that before the checkpoint was there
     records = {record.sequence: record for record in told.records if record.sequence <= newest} | checkpoints
     return Run(
         rules=rules,

@@ -6,7 +6,7 @@ import fractions
 import os
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import pytest
 import polyckpt
 from polyckpt import BestBy, CheckpointManager, Every, KeepEvery, OnImprovement, manager
 from polyckpt.errors import PolicyError, RunError
+from polyckpt.storage.run_directory import Found, RunDirectory
 from tests.managed import epochs, params, tell, value
 from tests.sealing import run_python
 
@@ -393,6 +394,22 @@ def test_a_metric_of_a_further_policy_must_be_there_too(tmp_path: Path) -> None:
 def looks(directory: Path, stop: threading.Event) -> Iterator[CheckpointManager]:
     while not stop.is_set():
         yield CheckpointManager(directory, monitor="loss", patience=1000)
+
+
+def test_what_is_saved_between_two_looks_of_a_reader_leaves_no_hole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    scan, later = RunDirectory.scan, [(2, 3)]
+
+    def scanned(files: RunDirectory, known: Collection[str] | None) -> Found:
+        if later:
+            tell(ckpts, *(1 / epoch for epoch in later.pop()), first=2)
+        return scan(files, known)
+
+    with CheckpointManager(tmp_path, monitor="loss", every=Every(epochs=3)) as ckpts:
+        tell(ckpts, 1)
+        monkeypatch.setattr(RunDirectory, "scan", scanned)
+        reader = CheckpointManager(tmp_path, monitor="loss")
+        assert [record.epoch for record in reader.records] == [1, 2, 3]
+        assert not later
 
 
 def test_a_reader_sees_a_consistent_run_while_it_is_written(tmp_path: Path) -> None:
