@@ -53,11 +53,12 @@ def sealed(data: bytes, source: str) -> bytes:
         raise CorruptError(f"{source}: not JSON, so truncated or damaged: {error}") from error
     if stated.format != FORMAT_NAME:
         raise CorruptError(f'{source}: no member "format": "{FORMAT_NAME}", so not a manifest or a damaged one')
-    _check_version(stated.version, source)
-    return _check_seal(data, source)
+    check_version(stated.version, source)
+    return check_seal(data, source)
 
 
-def _check_version(version: Any, source: str) -> None:
+def check_version(version: Any, source: str) -> None:
+    """Raise VersionError for a major version from the future, CorruptError for what is no version."""
     if not isinstance(version, str) or not re.fullmatch(r"[0-9]{1,9}\.[0-9]{1,9}", version):
         raise CorruptError(f'{source}: "version" is {version!r}, not "major.minor"')
     if int(version.split(".")[0]) != FORMAT_MAJOR:
@@ -67,8 +68,8 @@ def _check_version(version: Any, source: str) -> None:
         )
 
 
-def _check_seal(data: bytes, source: str) -> bytes:
-    """What the seal covers."""
+def check_seal(data: bytes, source: str) -> bytes:
+    """What the seal of a manifest covers. Raises CorruptError where that is not what was sealed."""
     seal = _SEAL.search(data, max(0, len(data) - 200))
     if seal is None:
         raise CorruptError(f'{source}: does not end in its "checksum", so it was truncated or rewritten')

@@ -12,7 +12,7 @@ import numpy as np
 from polyckpt.errors import UnsupportedError
 
 
-class Leaf(msgspec.Struct, frozen=True):
+class Leaf(msgspec.Struct, frozen=True, gc=False):
     """A tensor that a save will write.
 
     dtype: a name of polyckpt.dtypes. shape: in elements. read: returns the C-contiguous bytes on the host, as an array of
@@ -22,6 +22,9 @@ class Leaf(msgspec.Struct, frozen=True):
     "torch", ...). frozen: whether nobody will ever change what `read` returns. live: the tensor itself, for a store of its own
     framework, which may write it shard by shard; None where `read` alone gives it. check: of a file with checksums of its own,
     compares them with the bytes, raising CorruptError; None where there are none.
+
+    Python's garbage collector does not look at leaves, of which there may be a hundred thousand: nothing that a leaf refers to
+    may refer to the leaf.
     """
 
     dtype: str

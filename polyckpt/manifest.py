@@ -20,7 +20,7 @@ from polyckpt import residue
 from polyckpt.checksums import PREFIX, checksum
 from polyckpt.dtypes import DTYPES, MAX_AXES, size_bytes, size_problem
 from polyckpt.errors import CorruptError, UnsupportedError
-from polyckpt.heads import sealed
+from polyckpt.heads import check_seal, check_version, sealed
 from polyckpt.schema import Chunk, Manifest, Tensor
 
 MAX_NATIVE_DEPTH = 4 * residue.MAX_DEPTH
@@ -29,6 +29,8 @@ MAX_NATIVE_DEPTH = 4 * residue.MAX_DEPTH
 _END = b"\n}"
 """What follows the last member; the seal is put before it."""
 _FILE_NAME = re.compile(r"(?!\.\.?$)[A-Za-z0-9._-]{1,255}")
+_ITEMSIZES = {name: dtype.itemsize for name, dtype in DTYPES.items()}
+"""Bytes of an element; of a type that a later version added, it is one at least."""
 _ORIGINS = {axes: (0,) * axes for axes in range(MAX_AXES + 1)}
 _ARRAYS_NAME = re.compile(r"[A-Za-z0-9_-]{1,200}\Z")
 _TENSOR_FILE_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,200}\.safetensors\Z")
@@ -62,11 +64,13 @@ def decode(data: bytes, source: str) -> Decoded:
 
     Raises VersionError for a major version from the future and CorruptError for anything else that is wrong.
     """
-    body = sealed(data, source)
     try:
         manifest = msgspec.json.decode(data, type=Manifest)
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        sealed(data, source)  # which may know better what is wrong
         raise CorruptError(f"{source}: {error}") from error
+    check_version(manifest.version, source)
+    body = check_seal(data, source)
     written, unknown = msgspec.json.encode(manifest), {}
     if not _is_sealed(written, body):  # it holds more than this version writes, or holds it in other words
         text = msgspec.json.format(body + b"}", indent=-1)
@@ -170,19 +174,14 @@ def _is_whole(tensor: Tensor, places: AbstractSet[str]) -> bool:
     if chunk.shape != shape or chunk.offset != _ORIGINS.get(len(shape)) or chunk.file not in places:
         return False
     try:
-        size_bytes(shape, _itemsize(tensor))
+        size_bytes(shape, _ITEMSIZES.get(tensor.dtype, 1))
     except ValueError:
         return False
     return True
 
 
-def _itemsize(tensor: Tensor) -> int:
-    """The bytes of an element; of one whose type a later version added, at least."""
-    return DTYPES[tensor.dtype].itemsize if tensor.dtype in DTYPES else 1
-
-
 def _chunk_problems(tensor: Tensor, places: AbstractSet[str]) -> Iterator[str]:
-    if problem := size_problem(tensor.shape, _itemsize(tensor)):
+    if problem := size_problem(tensor.shape, _ITEMSIZES.get(tensor.dtype, 1)):
         yield problem
         return
     for chunk in tensor.chunks:

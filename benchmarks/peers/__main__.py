@@ -36,6 +36,8 @@ def main() -> None:
     chosen = arguments.only.split(",")
     if unknown := set(chosen) - set(WORKLOADS):
         parser.error(f"--only: {', '.join(sorted(unknown))}: there are {', '.join(WORKLOADS)}")
+    if arguments.write is not None:
+        arguments.write.mkdir(parents=True, exist_ok=True)  # now, not when all is measured
     warnings.simplefilter("ignore")  # of the peers, about themselves
     gc.collect()
     gc.freeze()  # the objects of all frameworks at once, which nobody else has to look through
