@@ -78,9 +78,9 @@ BOUNDS = {
         "Rust in 7 µs and checks nothing but the header."
     ),
     "c/inspect": (
-        "Two documents of 100,000 entries (49 MB of manifest, 10 MB of header) are decoded, compared with how they are spelled, "
-        "so that no name stands twice, and checked entry by entry: 3.5 and 1.5 µs each. `safe_open` parses the one header in "
-        "Rust."
+        "Two documents of 100,000 entries (49 MB of manifest, 10 MB of header) are decoded, compared with how they are "
+        "spelled, so that no name stands twice, and checked entry by entry: 3.5 and 1.5 µs each. `safe_open` parses the one "
+        "header in Rust."
     ),
     "d/time": (
         "To know what is unchanged, each byte is compared with that on the disk (memcmp in two threads: 30 ms for 400 MB, "
@@ -88,8 +88,8 @@ BOUNDS = {
         "beside it."
     ),
     "startup": (
-        "Importing Python, Typer with pydantic, Rich and polyckpt takes 0.17 s; reading 1,000 manifests, and the sizes of their "
-        "files, 0.06 s."
+        "Importing Python, Typer with pydantic, Rich and polyckpt takes 0.17 s; reading 1,000 manifests, and the sizes of "
+        "their files, 0.06 s."
     ),
 }
 """Key of the work -> what stands in the way where a goal is not reached, by profiles of the machine in RESULTS.md."""

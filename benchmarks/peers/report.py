@@ -59,7 +59,7 @@ def markdown(
     """The whole document."""
     parts = [
         "# polyckpt beside its peers",
-        f"Written by `{command}`, which repeats it: medians of {rounds} interleaved rounds.",
+        f"Written by `{command}`, which repeats it: medians of {rounds} interleaved rounds or a few more.",
         "![medians](results.png)",
         "## Goals",
         _markdown(*_summary(outcomes)),

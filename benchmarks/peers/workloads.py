@@ -123,7 +123,14 @@ WORKLOADS: dict[str, Callable[[float, Path], Iterator[Work]]] = {
 
 def _durable_saves(key: str, title: str, peers: list[Library], directory: Path, size_bytes: int) -> Work:
     saves = [contenders.saving(library, directory, durably=True) for library in peers]
-    return Work(key=f"{key}/durable", title=f"{title}: durable save", contenders=saves, meter=seconds, size_bytes=size_bytes)
+    return Work(
+        key=f"{key}/durable",
+        title=f"{title}: durable save",
+        contenders=saves,
+        meter=seconds,
+        size_bytes=size_bytes,
+        more_rounds=4,  # disks vary most
+    )
 
 
 def _saves_and_loads(key: str, title: str, peers: list[Library], directory: Path, size_bytes: int | None) -> Iterator[Work]:
