@@ -309,6 +309,7 @@ def test_nothing_is_written_for_what_has_no_place(tmp_path: Path) -> None:
         ({"__metadata__": good}, "reserves"),
         ({"\ud800": good}, "not valid Unicode"),
         ({"good": good, "bad": Leaf("float32", (0, 1 << 62), lambda: np.ones(0))}, "bad: .* too large to address"),
+        ({"good": good, "bad": array_leaf(np.ones((1,) * 64, np.complex128))}, "bad: its shape has 65 axes"),
     ):
         with pytest.raises(UnsupportedError, match=said):
             tensor_file.write(tmp_path / "x.safetensors", leaves, {})

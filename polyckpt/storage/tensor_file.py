@@ -102,12 +102,12 @@ def _laid_out(leaves: Mapping[str, Leaf]) -> dict[str, Entry]:
     dtypes = {name: lookup(name, key) for name, key in {leaf.dtype: key for key, leaf in leaves.items()}.items()}
     entries, offset = {}, 0
     for key, leaf in sorted(leaves.items(), key=lambda item: -dtypes[item[1].dtype].itemsize):
-        dtype = dtypes[leaf.dtype]
+        code, shape = dtypes[leaf.dtype].stored_code, dtypes[leaf.dtype].stored_shape(leaf.shape)
         try:
-            end = offset + size_bytes(leaf.shape, dtype.itemsize)
+            end = offset + size_bytes(shape, _STORED_ITEMSIZE[code])
         except ValueError as error:
             raise UnsupportedError(f"{key}: {error}") from error
-        entries[key] = Entry(dtype.stored_code, dtype.stored_shape(leaf.shape), (offset, end))
+        entries[key] = Entry(code, shape, (offset, end))
         offset = end
     return entries
 
