@@ -12,7 +12,7 @@ import errno
 import os
 import threading
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -26,14 +26,16 @@ from polyckpt.policy import Record
 from polyckpt.storage import local
 
 FILE_NAME = "history.jsonl"
-MAX_BYTES = 1 << 28
-"""More than a million records."""
+MAX_BYTES = 1 << 33
+"""More than forty million records: a run that tells its loss after each step must not come to an end here."""
+_SHOWN = 10
+"""Damaged lines that are named."""
 FAILED = "failed"
 """The event of a save that did not come to its end."""
 _SEAL = b',"checksum":"'
 
 
-class _Line(msgspec.Struct):
+class _Line(msgspec.Struct, gc=False):
     """A line: one names the run, the first unless that was damaged; others are a record (with a sequence) or an event."""
 
     run: str | None = None
@@ -73,22 +75,16 @@ class History:
 
         Raises CorruptError for what is no regular file, or too large to be a history, StorageError where the system refuses.
         """
-        try:
-            data = local.read_file(self.path, MAX_BYTES, "a history")
-        except FileNotFoundError:
-            data = b""
-        except OSError as error:
-            raise StorageError(error.errno, f"cannot read {self.path}: {error.strerror}") from error
         run: str | None = None
         records: list[Record] = []
         places: dict[str, int] = {}  # of the names that there were, where the last record of that name stood
         last: str | None = None
-        damaged = []
-        *lines, _ = data.split(b"\n")  # what a kill left of a last line is not a line
-        for number, text in enumerate(lines, 1):
+        damaged: list[int] = []
+        for number, text in enumerate(self._lines(), 1):
             line = _decode(text)
             if line is None:
-                damaged.append(number)
+                if len(damaged) < _SHOWN:
+                    damaged.append(number)
                 continue
             run = run or line.run
             if line.event == FAILED and line.name:
@@ -103,8 +99,16 @@ class History:
                 places[line.name], last = len(records), line.name
             records.append(_record(line))
         if damaged:
-            warnings.warn(f"{self.path}: lines {damaged[:10]} are damaged and left out", stacklevel=2)
+            warnings.warn(f"{self.path}: lines {damaged} are damaged and left out", stacklevel=2)
         return Told(run, tuple(records), frozenset(places), last)
+
+    def _lines(self) -> Iterator[bytes]:
+        try:
+            yield from local.read_lines(self.path, MAX_BYTES, "a history")
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise StorageError(error.errno, f"cannot read {self.path}: {error.strerror}") from error
 
     @property
     def open(self) -> bool:
@@ -116,12 +120,10 @@ class History:
         self.close()
         try:
             self._descriptor = local.open_file(self.path, os.O_RDWR | os.O_CREAT | os.O_APPEND)
-            size_bytes = os.fstat(self._descriptor).st_size
             first = _decode(os.pread(self._descriptor, 1000, 0).partition(b"\n")[0])
-            if size_bytes and os.pread(self._descriptor, 1, size_bytes - 1) != b"\n":
-                size_bytes = local.read_at(self._descriptor, size_bytes).rfind(b"\n") + 1
-                os.ftruncate(self._descriptor, size_bytes)
-            if not size_bytes or first is None:
+            if (whole := local.end_of_lines(self._descriptor)) < os.fstat(self._descriptor).st_size:
+                os.ftruncate(self._descriptor, whole)
+            if not whole or first is None:
                 self._append({"run": run})
         except BaseException as error:
             self.close()  # else it would look as if lines could be added

@@ -20,7 +20,7 @@ from polyckpt import residue
 from polyckpt.checksums import PREFIX, checksum
 from polyckpt.dtypes import DTYPES, MAX_AXES, size_bytes, size_problem
 from polyckpt.errors import CorruptError, UnsupportedError
-from polyckpt.heads import check_seal, check_version, sealed
+from polyckpt.heads import MAX_BYTES, check_seal, check_version, sealed
 from polyckpt.schema import Chunk, Manifest, Tensor
 
 MAX_NATIVE_DEPTH = 4 * residue.MAX_DEPTH
@@ -47,7 +47,7 @@ class Decoded:
 def encode(manifest: Manifest, unknown: dict[str, Any] | None = None) -> bytes:
     """The sealed bytes of `manifest`, with the `unknown` members of an earlier decode put back.
 
-    Raises UnsupportedError for a string or a number that has no form in JSON.
+    Raises UnsupportedError for a string or a number that has no form in JSON, and for more than a reader takes.
     """
     # All numbers of the tensors are whole.
     _check_finite(msgspec.to_builtins(structs.replace(manifest, tensors={}, files={})))
@@ -56,7 +56,13 @@ def encode(manifest: Manifest, unknown: dict[str, Any] | None = None) -> bytes:
     except UnicodeEncodeError as error:
         raise UnsupportedError(f"the manifest would hold {error.object!r}, which is not valid Unicode") from error
     body = msgspec.json.format(text, indent=2).removesuffix(_END)
-    return body + b',\n  "checksum": "' + checksum(body).encode() + b'"\n}\n'
+    sealed_body = body + b',\n  "checksum": "' + checksum(body).encode() + b'"\n}\n'
+    if len(sealed_body) > MAX_BYTES:
+        raise UnsupportedError(
+            f"the manifest would have {len(sealed_body)} bytes; readers take at most {MAX_BYTES}. Numbers by the million "
+            "belong in arrays: pass what is in extra= as NumPy arrays"
+        )
+    return sealed_body
 
 
 def decode(data: bytes, source: str) -> Decoded:

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 import polyckpt
+from polyckpt import manifest
 from polyckpt.errors import CorruptError, MismatchError, UnsupportedError
+from polyckpt.storage import local
 from tests.sealing import save_small
 
 MODEL = {"w": np.ones((3, 2), np.float32), "b": np.ones(2)}
@@ -379,3 +381,15 @@ def test_all_bytes_are_verified_before_anything_is_written(tmp_path: Path) -> No
     with pytest.raises(CorruptError, match=r"weights\.safetensors"):
         polyckpt.load(path, MODEL, {"m": np.zeros(3)}, extra={"a": Counts()})
     assert Counts.calls == 0
+
+
+def test_a_manifest_that_no_reader_takes_is_refused_when_it_is_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = polyckpt.save(tmp_path / "c", MODEL, extra={"numbers": [1] * 9})
+    limit = (path / "manifest.json").stat().st_size
+    for module in (manifest, local):
+        monkeypatch.setattr(module, "MAX_BYTES", limit)
+    polyckpt.save(path, MODEL, extra={"numbers": [1] * 9}, overwrite=True)
+    with pytest.raises(UnsupportedError, match=f"readers take at most {limit}"):
+        polyckpt.save(path, MODEL, extra={"numbers": [1] * 10}, overwrite=True)
+    assert polyckpt.load(path, MODEL).extra["numbers"] == [1] * 9
+    assert [each.name for each in tmp_path.iterdir()] == ["c"]

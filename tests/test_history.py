@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import tracemalloc
 import warnings
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from polyckpt.errors import StorageError
 from polyckpt.history import FILE_NAME, History, Told
 from polyckpt.policy import Record
+from polyckpt.storage import local
 
 
 def record(sequence: int, name: str | None = None, **metrics: float) -> Record:
@@ -99,3 +101,31 @@ def test_a_full_disk_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     history.add(record(1, "c1"))
     history.close()
     assert History(tmp_path).read().records == (record(1, "c1"),)
+
+
+@pytest.mark.parametrize("block", [1, 7, 100, 10_000])
+def test_lines_come_out_whole_wherever_blocks_end(block: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    records = tuple(record(i, f"c{i}", loss=i / 3) for i in range(1, 9))
+    data = written(tmp_path, *records)
+    path = tmp_path / FILE_NAME
+    path.write_bytes(data + b"torn")
+    monkeypatch.setattr(local, "_BLOCK_BYTES", block)
+    assert History(tmp_path).read().records == records
+    written(tmp_path)  # cuts it
+    assert path.read_bytes() == data
+    path.write_bytes(b"no line at all")
+    assert written(tmp_path, *records) == data
+
+
+def test_a_history_of_garbage_takes_no_more_memory_than_a_line(tmp_path: Path) -> None:
+    written(tmp_path, record(1, "c1"))
+    with open(tmp_path / FILE_NAME, "ab") as file:
+        file.write(b"\n" * 300_000)
+        file.truncate(file.tell() + (1 << 28))  # zeros, without an end of a line
+    tracemalloc.start()
+    try:
+        with pytest.warns(UserWarning, match=r"lines \[3, 4, 5, 6, 7, 8, 9, 10, 11, 12\] are damaged"):
+            assert History(tmp_path).read().records == (record(1, "c1"),)
+        assert tracemalloc.get_traced_memory()[1] < 1 << 26
+    finally:
+        tracemalloc.stop()

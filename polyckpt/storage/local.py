@@ -23,6 +23,7 @@ from pathlib import Path
 from polyckpt.errors import CheckpointExistsError, CorruptError, NotACheckpointError, StorageError
 from polyckpt.heads import FILE_NAME, MAX_BYTES
 
+_BLOCK_BYTES, _LINE_BYTES = 1 << 20, 1 << 22
 TEMPORARY_PREFIX = ".polyckpt-tmp-"
 _REPLACED_SUFFIX = ".polyckpt-replaced"
 
@@ -236,21 +237,51 @@ def read_at(descriptor: int, size_bytes: int, offset: int = 0) -> bytes:
     return b"".join(blocks)
 
 
-def read_file(path: str | Path, limit: int, what: str) -> bytes:
-    """The bytes of a regular file. Raises as `open_file` does, and CorruptError where they are more than `what` may have."""
+def read_manifest(path: str | Path) -> bytes:
+    """The bytes of a manifest. Raises as `open_file` does, and CorruptError where they are more than one may have."""
     descriptor = open_file(path)
     try:
-        size_bytes = os.fstat(descriptor).st_size
-        if size_bytes > limit:
-            raise CorruptError(f"{path}: {size_bytes} bytes; {what} has at most {limit}")
-        return read_at(descriptor, size_bytes)
+        return read_at(descriptor, _size_bytes(descriptor, path, MAX_BYTES, "a manifest"))
     finally:
         os.close(descriptor)
 
 
-def read_manifest(path: str | Path) -> bytes:
-    """The bytes of a manifest. Raises as `read_file` does."""
-    return read_file(path, MAX_BYTES, "a manifest")
+def read_lines(path: Path, limit: int, what: str) -> Iterator[bytes]:
+    """The whole lines of a regular file, one after the other; one of many megabytes may come in pieces.
+
+    Raises as `open_file` does, and CorruptError where there are more bytes than `what` may have.
+    """
+    descriptor = open_file(path)
+    try:
+        _size_bytes(descriptor, path, limit, what)
+        rest, offset = b"", 0
+        while block := read_at(descriptor, _BLOCK_BYTES, offset):
+            offset += len(block)
+            *lines, rest = (rest + block).split(b"\n")
+            yield from lines
+            if len(rest) > _LINE_BYTES:
+                yield rest
+                rest = b""
+    finally:
+        os.close(descriptor)
+
+
+def end_of_lines(descriptor: int) -> int:
+    """The bytes of an open file up to the end of its last whole line."""
+    end = os.fstat(descriptor).st_size
+    while end:
+        start = max(0, end - _BLOCK_BYTES)
+        if line := read_at(descriptor, end - start, start).rfind(b"\n") + 1:
+            return start + line
+        end = start
+    return 0
+
+
+def _size_bytes(descriptor: int, path: str | Path, limit: int, what: str) -> int:
+    size_bytes = os.fstat(descriptor).st_size
+    if size_bytes > limit:
+        raise CorruptError(f"{path}: {size_bytes} bytes; {what} has at most {limit}")
+    return size_bytes
 
 
 def _check_target(target: Path, overwrite: bool) -> None:
