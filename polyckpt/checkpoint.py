@@ -205,8 +205,8 @@ class Checkpoint:
             try:
                 self._open()
             except (CheckpointError, StorageError):
-                # A save may have replaced the checkpoint meanwhile; what was opened first is then gone.
-                if _identity(self.path) == before:
+                # It may have been replaced meanwhile, or deleted where a link leads to another one now.
+                if before is not None and _identity(self.path) == before:
                     raise
             else:
                 if _identity(self.path) == before:

@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,16 @@ from hypothesis import strategies as st
 
 import polyckpt
 from polyckpt.checkpoint import _Files
-from polyckpt.errors import CheckpointError, CorruptError, MismatchError, PolyckptError, StorageError, UnsupportedError
+from polyckpt.errors import (
+    CheckpointError,
+    CorruptError,
+    MismatchError,
+    NotACheckpointError,
+    PolyckptError,
+    StorageError,
+    UnsupportedError,
+)
+from polyckpt.storage import local
 from tests.sealing import edit, members, restate, save_small, seal, write_arrays
 
 TEMPLATE = {"w": np.zeros((3, 2), np.float32), "b": np.zeros(2)}
@@ -360,3 +370,28 @@ def test_what_is_replaced_while_it_is_opened_is_the_new_one_as_a_whole(
     found = polyckpt.inspect(path, verify=verify)
     assert found.manifest.progress.step == 2
     assert {name: array.sum() for name, array in found.weights.items()} == {"w": 20, "v": 2}
+
+
+@pytest.mark.parametrize("follows", [True, False])
+def test_a_checkpoint_that_goes_while_it_is_opened_is_looked_for_again(
+    follows: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, link, locate = save_small(tmp_path / "first"), tmp_path / "last", local.locate
+    link.symlink_to("first")
+
+    def located(path: Path) -> Path:
+        found = locate(path)
+        if first.exists():
+            shutil.rmtree(first)
+            link.unlink()
+            if follows:
+                save_small(tmp_path / "second", 2.0)
+                link.symlink_to("second")
+        return found
+
+    monkeypatch.setattr(local, "locate", located)
+    if follows:
+        assert polyckpt.inspect(link).weights["w"].sum() == 12
+    else:
+        with pytest.raises(NotACheckpointError):
+            polyckpt.inspect(link)
