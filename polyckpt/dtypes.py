@@ -88,6 +88,12 @@ def _numpy(name: str) -> np.dtype:
         return found
 
 
+@cache
+def numpy_name(dtype: np.dtype) -> str:
+    """The name of a NumPy type, which NumPy puts together each time that it is asked."""
+    return dtype.name
+
+
 MAX_AXES = 64
 """What NumPy can hold."""
 

@@ -12,7 +12,7 @@ import msgspec
 import numpy as np
 
 from polyckpt.checkpoint import StoredTensor
-from polyckpt.dtypes import lookup
+from polyckpt.dtypes import lookup, numpy_name
 from polyckpt.errors import CorruptError, Problem, UnsupportedError
 from polyckpt.leaves import Leaf, array_leaf
 
@@ -35,12 +35,6 @@ def is_inexact(dtype: Any) -> bool:
 @functools.cache
 def _is_of_keys(dtype: Any) -> bool:
     return bool(jnp.issubdtype(dtype, jax.dtypes.prng_key))
-
-
-@functools.cache
-def _name_of(dtype: Any) -> str:
-    name: str = dtype.name
-    return name
 
 
 def is_key(value: Any) -> bool:
@@ -97,9 +91,9 @@ def leaf(value: Any, name: str) -> Leaf:
     if (missing := _missing(value)) is not None:
         data = jax.eval_shape(jax.random.key_data, value) if keys else value
         # Not frozen: a save reads what may change at once, also where it writes in the background.
-        return Leaf(_name_of(data.dtype), data.shape, lambda: _refuse(f"{name}: {missing}"), identity=id(value), kind=kind)
+        return Leaf(numpy_name(data.dtype), data.shape, lambda: _refuse(f"{name}: {missing}"), identity=id(value), kind=kind)
     data = jax.random.key_data(value) if keys else value
-    return Leaf(_name_of(data.dtype), data.shape, lambda: _host(data), identity=id(value), kind=kind, frozen=True, live=data)
+    return Leaf(numpy_name(data.dtype), data.shape, lambda: _host(data), identity=id(value), kind=kind, frozen=True, live=data)
 
 
 def _missing(value: jax.Array | jax.ShapeDtypeStruct) -> str | None:
@@ -184,7 +178,7 @@ def mismatch(live: Any, stored: Stored, section: str, name: str) -> Problem | No
     expected = jax.eval_shape(jax.random.key_data, live) if keys else live
     if stored.tensor.shape != expected.shape:
         return problem("shape")
-    return problem("dtype") if stored.tensor.dtype != _name_of(expected.dtype) else None
+    return problem("dtype") if stored.tensor.dtype != numpy_name(expected.dtype) else None
 
 
 def _same_number(live: Any, stored: Stored) -> bool:

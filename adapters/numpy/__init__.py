@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import random
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from typing import Any, ClassVar
@@ -27,7 +26,7 @@ from polyckpt.adapter import (
     uncallable,
 )
 from polyckpt.checkpoint import StoredTensor
-from polyckpt.dtypes import DTYPES
+from polyckpt.dtypes import DTYPES, numpy_name
 from polyckpt.errors import CorruptError, PolyckptError, Problem, UnsupportedError
 from polyckpt.leaves import Leaf, array_leaf
 from polyckpt.names import type_name
@@ -217,7 +216,7 @@ def _prepare_tree(template: Any, tensors: Mapping[str, StoredTensor], others: Ma
     for name, leaf in live.items():
         if name in tensors and isinstance(leaf, np.ndarray):
             there = tensors[name]
-            if (there.shape, there.dtype) == (leaf.shape, _name_of(leaf.dtype)):
+            if (there.shape, there.dtype) == (leaf.shape, numpy_name(leaf.dtype)):
                 continue
         shown = f"{leaf.dtype.name}{list(leaf.shape)}" if isinstance(leaf, np.ndarray) else repr(leaf)
         if isinstance(leaf, np.ndarray) != (name in tensors) and (name in tensors or name in others):
@@ -251,11 +250,6 @@ def _prepare_tree(template: Any, tensors: Mapping[str, StoredTensor], others: Ma
         problems=problems,
         tensors=[*tensors.values(), *residue.tensors(dict(others))],
     )
-
-
-@functools.cache
-def _name_of(dtype: np.dtype) -> str:
-    return dtype.name  # which NumPy puts together each time
 
 
 def _rebuild(tree: Any, value: Callable[[tuple[Any, ...], Any], Any], path: tuple[Any, ...] = ()) -> Any:

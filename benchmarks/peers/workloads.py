@@ -41,7 +41,7 @@ def _large_on_host(parameters: int, directory: Path) -> Iterator[Work]:
     of_torch = libraries.torch_libraries(run)
     peers = [*of_torch, *libraries.jax_libraries(arrays), *libraries.keras_libraries(KerasRun(parameters))]
     title = f"(a) {parameters / 1e6:,.1f} M parameters + Adam, {run.size_bytes / MB:,.0f} MB"
-    yield _durable_saves("a", title, peers, directory, run.size_bytes)
+    yield _saves("a", title, peers, directory, run.size_bytes, durably=True)
     yield from _saves_and_loads("a", title, peers, directory, run.size_bytes)
     with contextlib.ExitStack() as stack:
         blocking = contenders.blocking_torch(run, directory, stack) + contenders.blocking_jax(arrays, directory, stack)
@@ -54,7 +54,7 @@ def _large_on_gpu(parameters: int, directory: Path) -> Iterator[Work]:
     run = TorchRun(parameters, device="cuda")
     peers = libraries.torch_libraries(run)
     title = f"(a) on {torch.cuda.get_device_name()}"
-    yield _durable_saves("gpu", title, peers, directory, run.size_bytes)
+    yield _saves("gpu", title, peers, directory, run.size_bytes, durably=True)
     yield from _saves_and_loads("gpu", title, peers, directory, run.size_bytes)
     with contextlib.ExitStack() as stack:
         blocking = contenders.blocking_torch(run, directory, stack)
@@ -121,29 +121,21 @@ WORKLOADS: dict[str, Callable[[float, Path], Iterator[Work]]] = {
 }
 
 
-def _durable_saves(key: str, title: str, peers: list[Library], directory: Path, size_bytes: int) -> Work:
-    saves = [contenders.saving(library, directory, durably=True) for library in peers]
+def _saves(key: str, title: str, peers: list[Library], directory: Path, size_bytes: int | None, *, durably: bool) -> Work:
     return Work(
-        key=f"{key}/durable",
-        title=f"{title}: durable save",
-        contenders=saves,
+        key=f"{key}/{'durable' if durably else 'save'}",
+        title=f"{title}: {'durable save' if durably else 'save, not durable'}",
+        contenders=[contenders.saving(library, directory, durably=durably) for library in peers],
         meter=seconds,
         size_bytes=size_bytes,
-        more_rounds=4,  # disks vary most
+        setting=contextlib.nullcontext if durably else not_durable,
+        more_rounds=4 if durably else 0,  # disks vary most
     )
 
 
 def _saves_and_loads(key: str, title: str, peers: list[Library], directory: Path, size_bytes: int | None) -> Iterator[Work]:
     """Saves that sync nothing, and loads from the page cache."""
-    saves = [contenders.saving(library, directory, durably=False) for library in peers]
-    yield Work(
-        key=f"{key}/save",
-        title=f"{title}: save, not durable",
-        contenders=saves,
-        meter=seconds,
-        size_bytes=size_bytes,
-        setting=not_durable,
-    )
+    yield _saves(key, title, peers, directory, size_bytes, durably=False)
     loads = [contenders.loading(library, load, directory) for library in peers for load in library.loads]
     yield Work(key=f"{key}/load", title=f"{title}: load", contenders=loads, meter=seconds, size_bytes=size_bytes)
     for library in peers:

@@ -136,7 +136,7 @@ def _listed(directory: Path, record: Record, marks: tuple[str, ...]) -> Listed:
 
 def _head(path: Path) -> schema.Head:
     source = path / FILE_NAME
-    return decode_head(source.read_bytes(), str(source))
+    return decode_head(local.read_manifest(source), str(source))
 
 
 def checkpoints(paths: Sequence[Path]) -> list[Path]:
